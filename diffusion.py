@@ -33,6 +33,7 @@ from palimpsest.objectives.contrast import class_log_joint, class_losses
 from palimpsest.objectives.mlm import cross_entropy_at
 from palimpsest.objectives.reduction import StepLoss, scale_gradients
 from palimpsest.process import Absorbing
+from palimpsest.training.optimizers import hyperparameters, set_hyperparameters
 from palimpsest.training.updates import Updates
 
 log = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ class Diffusion(lightning.LightningModule):
             sums_3 = self.trainer.strategy.reduce(self._class_sums, reduce_op="sum")
             values |= {f"val/{name}": float(mean_2[0] / mean_2[1]) for name, mean_2 in _means(sums_3).items()}
         self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
-        if self._search:
+        if self._search and not self.trainer.sanity_checking:
             self._choose_mask_rates(self.trainer.strategy.reduce(self._clip_sums, reduce_op="sum"))
 
     @property
@@ -319,11 +320,16 @@ class Diffusion(lightning.LightningModule):
     def configure_optimizers(self) -> dict[str, object]:
         optimizer = self.build_optimizer(self.backbone)
         scheduler = self.build_lr_scheduler(optimizer)
+        self._typed_groups = hyperparameters(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
         if self.ema:
             self.ema.to(self.device)
+
+    def on_train_start(self) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            set_hyperparameters(config.scheduler, self._typed_groups)
 
     def on_train_end(self) -> None:
         self.update_average()

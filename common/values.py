@@ -96,6 +96,10 @@ PATH = Setting("a path or a name", lambda v: isinstance(v, str))
 PRESENT_PATH = Setting("a path or a name", _is_name)
 GROUP = Setting("a group of settings; set one of its keys", lambda v: isinstance(v, dict))
 RATES = list_of(real("(0, 1]"), 1, "[1.0,0.5,0.1]")
+ALL_TEXTS = Setting(
+    "1.0, because a training that resumes needs all its batches; data.max_train_texts limits the texts",
+    lambda v: type(v) is float and v == 1,
+)
 STAGE = Setting(
     "a pair: an optimizer step, and the samples per step from there on",
     lambda v: isinstance(v, list) and len(v) == 2 and all(map(whole(0).accepts, v)),

@@ -15,7 +15,7 @@ from palimpsest.common.files import PathOrUrl
 from palimpsest.data.unigram import pairs_by_text, token_counts
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
-from palimpsest.training.callbacks.best import save_last
+from palimpsest.training.callbacks.best import Patience, save_last
 
 if TYPE_CHECKING:
     from palimpsest.experiment.experiment import Experiment
@@ -60,7 +60,10 @@ def _fit(experiment: Experiment, label: int | None) -> PathOrUrl:
     if not trainer.interrupted:
         save_last(trainer, experiment.runs.checkpoints(label))
     if trainer.should_stop:
-        print(f"stopped at step {trainer.global_step}: {experiment.runs.patience(label)} validations were not better")
+        patience = experiment.runs.patience(label)
+        waited = any(isinstance(callback, Patience) and callback.is_over for callback in trainer.callbacks)
+        cause = f"{patience} validations were not better" if waited else "trainer.max_time or a callback ended it"
+        print(f"stopped at step {trainer.global_step}: {cause}")
     return experiment.runs.model_path(label)
 
 

@@ -33,6 +33,7 @@ class Runs:
         resume_path_typed: the file to resume from.
         class_patience: validations without improvement that end the training of a class model.
         always_waits: apply `class_patience` to every training.
+        fast_dev_run: a trial of a few batches, in a subfolder, so that no run takes it for its own; it never resumes.
     """
 
     identity: Mapping[str, object]
@@ -46,11 +47,16 @@ class Runs:
     max_steps: Annotated[AtLeastOne, FREE]
     class_patience: AtLeastOne | None
     always_waits: bool = False
+    fast_dev_run: bool | AtLeastOne = False
 
     def __post_init__(self) -> None:
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         default = Path(self.output_dir) / self.data_name / f"{self.model_name}-{digest[:8]}"
         self.checkpoint_root = path_or_url(self.save_dir or default)
+        if self.fast_dev_run:
+            self.resume = False
+            default /= "fast_dev_run"
+            self.checkpoint_root = join_path(self.checkpoint_root, "fast_dev_run")
         self._root = default if is_remote(self.checkpoint_root) else self.checkpoint_root
 
     def folder(self, label: int | None = None) -> Path:
@@ -81,11 +87,16 @@ class Runs:
         return None if ordinary else self.class_patience
 
     def resume_path(self, label: int | None = None) -> PathOrUrl | None:
-        """Return the checkpoint to resume from, if there is one and checkpointing.resume_from_ckpt allows it."""
+        """Return the checkpoint to resume from, if there is one and checkpointing.resume_from_ckpt allows it.
+
+        The run's own checkpoint comes before the typed one if the run was started from that: the same command goes on.
+        """
         path = path_or_url(self.resume_path_typed, "checkpointing.resume_ckpt_path") if self.resume_path_typed else None
         if path and not exists(path):
             raise FileNotFoundError(f"checkpointing.resume_ckpt_path={self.resume_path_typed}: there is no such file")
-        return (path or newest_good(self.checkpoints(label))) if self.resume else None
+        own = newest_good(self.checkpoints(label)) if self.resume else None
+        goes_on = path is None or (own is not None and read_progress(own).resumed_from == self.resume_path_typed)
+        return own if goes_on else path if self.resume else None
 
     def finished(self, data: TextData, label: int | None = None) -> PathOrUrl | None:
         """Return the weights of a complete training; None if it is unfinished.

@@ -27,6 +27,7 @@ from palimpsest.models.inert_pickle import Inert
 from palimpsest.models.reference_settings import settings_of_reference
 
 _CHARACTERS_OF_A_VALUE = 100
+_RESUMED_FROM = re.compile(r"^ +resume_ckpt_path: (.+)$", re.MULTILINE)  # in the configuration of a run, as YAML
 _MOST_VALUES, _DEEPEST = 1_000_000, 10  # limits of an identity, which consists mostly of the moments of latents
 
 
@@ -106,6 +107,7 @@ class Progress:
     best: PathOrUrl | None  # the checkpoint of the best validation, in the same folder
     identity: dict[str, object]  # as in `Checkpoint`
     train_size: dict[str, int] | None  # number of texts and bytes, if it is known
+    resumed_from: str | None = None  # what checkpointing.resume_ckpt_path was
 
 
 def read_progress(path: PathOrUrl) -> Progress:
@@ -127,7 +129,10 @@ def _read_progress(path: str, version: str) -> Progress:
     best_path = files.join_path(files.parent_folder(path), files.basename(files.path_or_url(best))) if best else None
     data = content.get("TextData")
     train_size = data.get("train_size") if isinstance(data, dict) else None
-    return Progress(int(content["global_step"]), waited, best_path, content.get("identity") or {}, train_size)
+    run = content.get("run")
+    typed = _RESUMED_FROM.search(str(run.get("configuration"))) if isinstance(run, dict) else None
+    step, identity = int(content["global_step"]), content.get("identity") or {}
+    return Progress(step, waited, best_path, identity, train_size, typed[1].strip("'\"") if typed else None)
 
 
 def _read_lightning_file(path: PathOrUrl, weights: bool = True) -> Checkpoint:

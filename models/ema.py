@@ -58,7 +58,7 @@ class EMA:
         return {"decay": self.decay, "num_updates": self.num_updates, "shadow_params": gather(self.shadow_params)}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Load averaged weights with their decay and the number of their updates. Raises ValueError if shapes differ;
+        """Load averaged weights and the number of their updates; the decay stays. Raises ValueError if shapes differ;
         nothing has been changed then."""
         loaded: list[Tensor] = state["shadow_params"]
         ours, theirs = [tuple(s.shape) for s in self.shadow_params], [tuple(s.shape) for s in loaded]
@@ -66,7 +66,7 @@ class EMA:
             raise ValueError(
                 f"the checkpoint's EMA holds {len(theirs)} tensors that do not fit the model's {len(ours)} parameters"
             )
-        self.decay, self.num_updates = float(state["decay"]), int(state["num_updates"])
+        self.num_updates = int(state["num_updates"])
         _copy([sharded_like(t, s) for t, s in zip(loaded, self.shadow_params)], self.shadow_params)
 
     def _matched(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

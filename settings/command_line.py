@@ -381,7 +381,7 @@ def _takes(target: str, name: str, entry: bool) -> bool:
 
     parameters = inspect.signature(resolve_target(target)).parameters
     if name in parameters:
-        return parameters[name].default is not inspect.Parameter.empty and name not in _GIVEN
+        return (entry or parameters[name].default is not inspect.Parameter.empty) and name not in _GIVEN
     return entry and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 

@@ -19,7 +19,8 @@ from palimpsest.settings.names import current_path, permanent_path
 # Groups and keys that a training depends on, except settings that are marked otherwise (common/values.py).
 IDENTITY = ("data", "latents", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
             "time_conditioning", "optim", "lr_scheduler", "plateau", "training", "seed", "loader.global_batch_size",
-            "loader.batch_ramp", "trainer.gradient_clip_val", "process.word_share")  # fmt: skip
+            "loader.batch_ramp", "trainer.gradient_clip_val",
+            "trainer.gradient_clip_algorithm", "process.word_share")  # fmt: skip
 # Groups whose fingerprints have always contained settings that are left out elsewhere while they are false.
 _ALWAYS = ("parameterization.within.", "parameterization.text.")
 _ABSENT = object()

@@ -12,9 +12,7 @@ _TEXTS = ("tokenizer_name_or_path", "tokenizer_folder", "vocab_size", "mask_toke
           "texts_per_class", "train_splits", "protocol", "num_proc", "cache_dir")  # fmt: skip
 _TRAINER = ("num_sanity_val_steps", "max_steps", "log_every_n_steps", "limit_train_batches", "limit_val_batches",
             "limit_test_batches", "val_check_interval", "fast_dev_run", "gradient_clip_val", "gradient_clip_algorithm",
-            "benchmark", "deterministic", "detect_anomaly", "sync_batchnorm", "enable_autolog_hparams", "min_steps",
-            "min_epochs", "reload_dataloaders_every_n_epochs", "overfit_batches", "limit_predict_batches", "profiler",
-            "model_registry", "max_time", "default_root_dir")  # fmt: skip
+            "benchmark", "deterministic", "detect_anomaly", "min_steps", "profiler", "max_time")  # fmt: skip
 
 
 def _in(group: str, *names: str) -> dict[str, str]:
@@ -66,6 +64,7 @@ WIRING: dict[str, dict[str, str]] = {
         "resume_path_typed": "checkpointing.resume_ckpt_path",
         "max_steps": "trainer.max_steps",
         "class_patience": "classify.patience",
+        "fast_dev_run": "trainer.fast_dev_run",
     },
     "palimpsest.experiment.weights.Weights": {
         "length": "model.length",

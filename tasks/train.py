@@ -17,13 +17,13 @@ from palimpsest.tasks.base import mode, write_columns, write_report, write_resul
 
 @mode(trains=True)
 def train(
-    experiment: Experiment, *, num_samples: Annotated[int, whole(0, COUNT)], generate_samples: bool
+    experiment: Experiment, *, num_samples: Annotated[int, whole(0, COUNT)], generate_samples: bool, disable_ema: bool
 ) -> dict[str, object]:
     """Fit, then write results.json and report.html on the validation split."""
     checkpoint = experiment.fit()
     data = experiment.build.data()
     folder = experiment.runs.folder()
-    diffusion = experiment.weights.trained(data, str(checkpoint), disable_ema=False)
+    diffusion = experiment.weights.trained(data, str(checkpoint), disable_ema)
     trainer = experiment.trainer("validate")
     how = (experiment.build.estimator, experiment.build.precision, experiment.seed)
     scores = score(trainer, diffusion, data.eval_dataloader("validation", trainer=trainer), *how, drop_latent)

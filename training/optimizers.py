@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
+from torch.optim.lr_scheduler import LRScheduler
 
 from palimpsest.common.values import IF_SET, BelowOne, NotNegative, Positive
 from palimpsest.models.class_conditioning import class_columns
@@ -69,6 +70,23 @@ def with_class_lr(
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(multiply)
     return optimizer
+
+
+def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, object]]:
+    """Return what each group of parameters is updated with."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def set_hyperparameters(scheduler: LRScheduler, typed: Sequence[Mapping[str, object]]) -> None:
+    """Give an optimizer the hyperparameters that were typed, where a checkpoint of other settings brought its own.
+
+    The current learning rate changes by the same factor, so that schedule and plateau=cut keep their places.
+    """
+    for number, (group, own) in enumerate(zip(scheduler.optimizer.param_groups, typed, strict=True)):
+        changed = own["initial_lr"] != group["initial_lr"]
+        factor = own["initial_lr"] / group["initial_lr"] if changed else 1.0  # a rate may be 0
+        scheduler.base_lrs[number] *= factor
+        group.update({**own, "lr": group["lr"] * factor})
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from palimpsest.common.files import PathOrUrl
-from palimpsest.common.values import FREE, AtLeastOne, FilePath, Name, Natural, NotNegative, Share, whole
+from palimpsest.common.values import ALL_TEXTS, FREE, IF_SET, AtLeastOne, Name, Natural, NotNegative, Share, whole
 from palimpsest.training.callbacks.batches import BatchArithmetic
 from palimpsest.training.callbacks.best import LastCheckpoint, Patience
 from palimpsest.training.callbacks.guard import Guard
@@ -36,27 +36,19 @@ class Arguments:
     num_sanity_val_steps: Annotated[int, whole(-1)] = 0
     max_steps: Annotated[AtLeastOne, FREE] = 1_000_000
     log_every_n_steps: AtLeastOne = 10
-    limit_train_batches: Natural | Share = 1.0
+    limit_train_batches: Annotated[float, ALL_TEXTS] = 1.0
     limit_val_batches: Natural | Share = 1.0
     limit_test_batches: Natural | Share = 1.0
     val_check_interval: AtLeastOne = 10_000
     fast_dev_run: bool | AtLeastOne = False
     gradient_clip_val: NotNegative | None = None
-    gradient_clip_algorithm: Literal["norm", "value"] | None = None
+    gradient_clip_algorithm: Annotated[Literal["norm", "value"] | None, IF_SET] = None
     benchmark: bool | None = None
     deterministic: bool | Literal["warn"] | None = None
     detect_anomaly: bool | None = None
-    sync_batchnorm: bool | None = None
-    enable_autolog_hparams: bool | None = None
     min_steps: AtLeastOne | None = None
-    min_epochs: AtLeastOne | None = None
-    reload_dataloaders_every_n_epochs: Natural = 0
-    overfit_batches: Natural | Share = 0.0
-    limit_predict_batches: Natural | Share = 1.0
     profiler: Literal["simple", "advanced", "pytorch"] | None = None
-    model_registry: Name | None = None
     max_time: Name | None = None
-    default_root_dir: FilePath | None = None
 
 
 @dataclass(frozen=True)

@@ -232,8 +232,9 @@ def test_blanks_around_a_path_stay():
 
 
 @pytest.mark.parametrize("argument", [
-    "+trainer.detect_anomaly=7", "+trainer.benchmark=foo", "+trainer.deterministic=foo", "+trainer.sync_batchnorm=x",
-    "+trainer.min_steps=-3", "+trainer.profiler=x", "+trainer.gradient_clip_algorithm=x", "+trainer.overfit_batches=-1",
+    "+trainer.detect_anomaly=7", "+trainer.benchmark=foo", "+trainer.deterministic=foo",
+    "+trainer.min_steps=-3", "+trainer.profiler=x", "+trainer.gradient_clip_algorithm=x",
+    "trainer.limit_train_batches=3",
 ])  # fmt: skip
 def test_arguments_of_the_trainer_are_checked_as_ours_are(argument):
     with pytest.raises(ValueError, match=argument.lstrip("+") + " must be"):

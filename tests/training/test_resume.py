@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from palimpsest.models.checkpoints import load_inert
-from tests.helpers.commands import RUN, TINY, run, start_main, trained
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.identity import identity
+from tests.helpers.commands import FIT, RUN, TINY, run, start_main, trained
 from tests.helpers.networks import same_weights
 
 
@@ -77,3 +79,35 @@ def test_resuming_with_more_steps_equals_a_longer_run(tmp_path, monkeypatch):
     trained(*constant, "checkpointing.save_dir=a", "trainer.max_steps=7")
     in_parts = trained(*constant, "checkpointing.save_dir=a", "trainer.max_steps=12")
     assert same_weights(in_parts, trained(*constant, "checkpointing.save_dir=b", "trainer.max_steps=12"))
+
+
+def test_a_named_checkpoint_goes_on_with_the_typed_rates_and_the_same_command_goes_on_from_there(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    ask = [*FIT, "lr_scheduler=constant", "lr_scheduler.num_warmup_steps=0", "trainer.max_steps=2"]
+    run(*ask, "optim.lr=1e-3", "training.ema=0.9", "checkpointing.save_dir=a")
+    named = "a/checkpoints/last.ckpt"
+    gentler = [*ask, "optim.lr=1e-5", "optim.weight_decay=0.25", "training.ema=0.5", "checkpointing.save_dir=b"]
+    for steps, origin in (4, named), (6, "b/checkpoints/last.ckpt"):
+        capsys.readouterr()
+        run(*gentler, f"trainer.max_steps={steps}", f"checkpointing.resume_ckpt_path={named}")
+        assert f"resuming from {origin}" in capsys.readouterr().out
+    content = torch.load(tmp_path / "b/checkpoints/last.ckpt", weights_only=False)
+    group = content["optimizer_states"][0]["param_groups"][0]
+    assert (group["lr"], group["weight_decay"], content["ema"]["decay"]) == (1e-5, 0.25, 0.5)
+    assert content["lr_schedulers"][0]["base_lrs"] == pytest.approx([1e-5])
+
+
+def test_a_trial_of_one_batch_leaves_the_run_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*FIT, "checkpointing.save_dir=a")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    run(*FIT, "checkpointing.save_dir=a", "trainer.fast_dev_run=true", "trainer.max_steps=9")
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    assert before.items() <= after.items() and (tmp_path / "a/fast_dev_run/results.json").exists()
+
+
+def test_what_changes_the_weights_names_another_run():
+    usual = identity(compose_config([]))
+    assert identity(compose_config(["+trainer.gradient_clip_algorithm=value"])) != usual

@@ -164,5 +164,9 @@ class Patience(EarlyStopping):
     def __init__(self, patience: int) -> None:
         super().__init__("val/nll", patience=patience, check_finite=False, check_on_train_epoch_end=False)
 
+    @property
+    def is_over(self) -> bool:
+        return self.wait_count >= self.patience
+
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         super().load_state_dict({**state_dict, "patience": self.patience})

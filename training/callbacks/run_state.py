@@ -90,7 +90,7 @@ class RunState(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Patience is the only early end after which nothing is left to do.
-        patient = any(isinstance(c, EarlyStopping) and c.stopped_epoch for c in trainer.callbacks)
+        patient = any(isinstance(c, EarlyStopping) and c.wait_count >= c.patience for c in trainer.callbacks)
         complete = trainer.global_step >= trainer.max_steps or patient
         self._write(trainer, state="finished" if complete else "stopped")
 
