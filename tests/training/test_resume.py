@@ -85,7 +85,7 @@ def test_a_named_checkpoint_goes_on_with_the_typed_rates_and_the_same_command_go
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    ask = [*FIT, "lr_scheduler=constant", "lr_scheduler.num_warmup_steps=0", "trainer.max_steps=2"]
+    ask = [*FIT, "optim=adamw", "lr_scheduler=constant", "lr_scheduler.num_warmup_steps=0", "trainer.max_steps=2"]
     run(*ask, "optim.lr=1e-3", "training.ema=0.9", "checkpointing.save_dir=a")
     named = "a/checkpoints/last.ckpt"
     gentler = [*ask, "optim.lr=1e-5", "optim.weight_decay=0.25", "training.ema=0.5", "checkpointing.save_dir=b"]
