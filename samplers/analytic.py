@@ -8,19 +8,20 @@ Shape suffixes: B batch, L length, R rows evaluated, N masked positions, V vocab
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from palimpsest.common.positions import Positions
-from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import Count
-from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
-from palimpsest.samplers.base import Request, TokenChoice, sampler_of, time_grid
+from palimpsest.samplers.base import Request, sampler_of, time_grid
 from palimpsest.samplers.ordered import AtEveryMask
 from palimpsest.samplers.trace import Trace
 
 
+@dataclass(kw_only=True)
 class Analytic(AtEveryMask):
     """Draw from p(x_s | x_t) at every mask, which decides both whether it is unmasked and which token it becomes.
 
@@ -28,22 +29,13 @@ class Analytic(AtEveryMask):
         noise_removal: after the last step draw a token for every remaining mask, as SEDD's denoiser does.
     """
 
-    def __init__(
-        self,
-        model: Denoiser,
-        trace: Trace,
-        noise: KeyedNoise,
-        *,
-        steps: Count,
-        choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
-        noise_removal: bool = True,
-        eps: float = 1e-5,
-    ) -> None:
-        super().__init__(model, trace, choice)
-        self.noise = noise
-        self.grid = time_grid(steps, eps, trace.ids_BL.device)
-        self.steps = steps
-        self.noise_removal = noise_removal
+    steps: Count
+    noise_removal: bool = True
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.grid = time_grid(self.steps, self.eps, self.trace.ids_BL.device)
 
     def positions(self, number: int, trace: Trace) -> Request | None:
         if number > self.steps + self.noise_removal:

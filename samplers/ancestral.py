@@ -12,6 +12,8 @@ Shape suffixes: B batch, L length, R rows evaluated, N positions drawn, S times 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from palimpsest.common.positions import Positions
@@ -24,29 +26,25 @@ from palimpsest.samplers.base import Planned, Request, TokenChoice, run, sampler
 from palimpsest.samplers.trace import Trace, Watcher
 
 
+@dataclass(kw_only=True)
 class Ancestral(Planned):
-    """Unmask each position at a time of a grid; the last step writes the most likely tokens.
+    """Unmask each position at a time of a grid; the last step writes the most likely tokens."""
 
-    Args:
-        alpha: alpha at the times of `grid`, (S,), or (B, S) if each row has its own times.
-        noise_removal: take the last step.
-        idle: also evaluate rows in which nothing is unmasked.
-    """
+    steps: int
+    skip_idle: bool
+    noise_removal: bool
+    eps: float
+    begin_B: Tensor | None
 
-    def __init__(
-        self,
-        open_BL: Tensor,
-        alpha: Tensor,
-        grid: Tensor,
-        noise: KeyedNoise,
-        choice: TokenChoice,
-        noise_removal: bool,
-        idle: bool,
-    ) -> None:
-        number_BL = unmask_step(noise.uniform(open_BL.shape[1]), alpha).masked_fill(~open_BL, -1)
-        self.steps, self.every_row = grid.shape[-1] - 1, idle
-        u_BL, grid_BS = noise.uniform(open_BL.shape[1]), grid.expand(len(open_BL), -1)
-        super().__init__(number_BL, u_BL, grid_BS, self.steps + noise_removal, choice)
+    def __post_init__(self) -> None:
+        open_BL, eps = self.trace.open_BL, self.eps
+        grid = time_grid(self.steps, eps, open_BL.device)  # (S,) for all rows, or (B, S)
+        if self.begin_B is not None:  # the same number of steps from there
+            grid = eps + (grid - eps) * (self.begin_B[:, None].clamp(min=eps) - eps) / (1 - eps)
+        number_BL = unmask_step(self.noise.uniform(open_BL.shape[1]), self.model.schedule(grid).alpha)
+        self.every_row = not self.skip_idle
+        last = self.steps + self.noise_removal
+        self.plan(number_BL.masked_fill(~open_BL, -1), grid.expand(len(open_BL), -1), last)
 
     def positions(self, number: int, trace: Trace) -> Request | None:
         self.greedy = number > self.steps
@@ -82,14 +80,11 @@ def sample(
         begin_B: start time of each row, float64, for partly masked texts (editing); None for 1.
         noise_removal: after the last step write the most likely token at every remaining mask; otherwise masks stay.
     """
-    if not model.independent_unmasking and begin_B is not None:
-        raise ValueError("partly masked texts need a model whose schedule alone decides when a token is unmasked")
+    settings = {"steps": steps, "choice": choice, "noise_removal": noise_removal, "eps": eps}
     if not model.independent_unmasking:
-        settings = {"steps": steps, "choice": choice, "noise_removal": noise_removal, "eps": eps}
+        if begin_B is not None:
+            raise ValueError("partly masked texts need a model whose schedule alone decides when a token is unmasked")
         return analytic.sample(model, x_BL, generator, **settings, watch=watch, **cond)
-    grid = time_grid(steps, eps, x_BL.device)  # (S,) for all rows, or (B, S)
-    if begin_B is not None:  # the same number of steps from there
-        grid = eps + (grid - eps) * (begin_B[:, None].clamp(min=eps) - eps) / (1 - eps)
-    trace, alpha = Trace(x_BL, model.process, watch), model.schedule(grid).alpha
-    step = Ancestral(trace.open_BL, alpha, grid, generator, choice, noise_removal, not skip_idle)
+    trace = Trace(x_BL, model.process, watch)
+    step = Ancestral(model, trace, generator, skip_idle=skip_idle, begin_B=begin_B, **settings)
     return run(step, model, trace, cond)

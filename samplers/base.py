@@ -5,14 +5,12 @@ A sampler is a `Step`, which chooses positions and then tokens; `run` evaluates 
 Shape suffixes: B batch, L length, R rows evaluated, N selected positions, V vocabulary, S times of a grid.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -44,11 +42,61 @@ class Request:
     erase_BL: Tensor | None = None
 
 
-class Step(ABC):
-    """The choices of a sampler at each step: first the positions, then the tokens."""
+@dataclass(frozen=True)
+class TokenChoice:
+    """The rule by which a token is drawn from the model's distribution.
 
-    choice: TokenChoice
-    u_BL: Tensor
+    The defaults draw from the distribution itself; all else samples a sharper one.
+
+    Args:
+        temperature: of the softmax; 0 for the most likely token.
+        top_k: keep the k most likely tokens; None for all.
+        nucleus_p: keep the fewest tokens whose probabilities sum to p or more (Holtzman et al., arXiv 1904.09751).
+    """
+
+    temperature: NotNegative = 1.0
+    top_k: AtLeastOne | None = None
+    nucleus_p: AboveZeroShare = 1.0
+
+    def draw(self, log_p_NV: Tensor, u_N: Tensor) -> Tensor:
+        """Draw one token id per row, (N,), from uniform numbers `u_N`."""
+        if self.temperature == 0:
+            return log_p_NV.argmax(-1)
+        return draw_categorical(self.adjusted(log_p_NV), u_N)
+
+    def adjusted(self, log_p_NV: Tensor) -> Tensor:
+        """Return the logarithm of the distribution that `draw` samples, up to a constant per row."""
+        log_p_NV = log_p_NV if self.temperature == 1 else (log_p_NV.double() / self.temperature).log_softmax(-1)
+        if self.top_k is not None and self.top_k < log_p_NV.shape[-1]:
+            weakest_N1 = log_p_NV.topk(self.top_k, dim=-1).values[:, -1:]
+            log_p_NV = log_p_NV.masked_fill(log_p_NV < weakest_N1, -torch.inf)
+        if self.nucleus_p < 1:
+            ranked_NV, order_NV = log_p_NV.double().softmax(-1).sort(-1, descending=True)
+            before_NV = ranked_NV.cumsum(-1) - ranked_NV
+            outside_NV = torch.zeros_like(before_NV, dtype=torch.bool).scatter(1, order_NV, before_NV >= self.nucleus_p)
+            log_p_NV = log_p_NV.masked_fill(outside_NV, -torch.inf)
+        return log_p_NV
+
+
+@dataclass(eq=False)
+class Step(ABC):
+    """The choices of a sampler at each step: first the positions, then the tokens.
+
+    The settings of a sampler are keyword-only fields.
+    """
+
+    model: Denoiser
+    trace: Trace
+    noise: KeyedNoise
+    choice: TokenChoice = field(default=TokenChoice(), kw_only=True)
+
+    def __post_init__(self) -> None:  # noqa: B027 - some have nothing to prepare
+        """Prepare the first step."""
+
+    @functools.cached_property
+    def u_BL(self) -> Tensor:  # noqa: N802
+        """The uniform number that draws the token of each position."""
+        return self.noise.uniform(self.trace.ids_BL.shape[1])
 
     @abstractmethod
     def positions(self, number: int, trace: Trace) -> Request | None:
@@ -65,23 +113,25 @@ class Step(ABC):
 class Planned(Step):
     """Unmask positions at steps that are known before the first one, so that no step waits for the device.
 
-    Args:
-        number_BL: the step that unmasks each position, counted from 0; negative for a position that stays.
-        time_BS: the time of each step.
-        last: number of steps.
+    `__post_init__` of a subclass calls `plan`.
     """
 
     every_row = False
 
-    def __init__(self, number_BL: Tensor, u_BL: Tensor, time_BS: Tensor, last: int, choice: TokenChoice) -> None:
-        self.plan = Positions.by_number(number_BL, last)
-        self.u_BL = u_BL
-        self.time_BS = time_BS
-        self.choice = choice
+    def plan(self, number_BL: Tensor, time_BS: Tensor, last: int) -> None:
+        """Plan all steps.
+
+        Args:
+            number_BL: the step that unmasks each position, counted from 0; negative for a position that stays.
+            time_BS: the time of each step.
+            last: number of steps.
+        """
+        self._at_each_step = Positions.by_number(number_BL, last)
+        self._time_BS = time_BS
 
     def positions(self, number: int, trace: Trace) -> Request | None:
-        at = next(self.plan, None)
-        return None if at is None else Request(at, self.time_BS[:, number - 1], every_row=self.every_row)
+        at = next(self._at_each_step, None)
+        return None if at is None else Request(at, self._time_BS[:, number - 1], every_row=self.every_row)
 
 
 def run(step: Step, denoiser: Denoiser, trace: Trace, cond: dict[str, Tensor]) -> Trace:
@@ -142,8 +192,8 @@ def sampler(
 def sampler_of(step: type[Step], *processes: type[Process], independent: bool = False) -> Callable[..., Trace]:
     """Return the sampler that runs a step class.
 
-    The constructor of the class takes the model, the trace and the noise; its keyword arguments are the settings of the
-    sampler.
+    The constructor of the class takes the model, the trace and the noise; its keyword arguments (of a dataclass, its
+    fields) are the settings of the sampler.
     """
     parameters = list(inspect.signature(step.__init__, eval_str=True).parameters.values())[1:]
     settings = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -162,42 +212,6 @@ def sampler_of(step: type[Step], *processes: type[Process], independent: bool = 
     sample.__module__ = step.__module__
     sample.__doc__ = step.__doc__
     return sampler(*processes, independent=independent)(sample)
-
-
-@dataclass(frozen=True)
-class TokenChoice:
-    """The rule by which a token is drawn from the model's distribution.
-
-    The defaults draw from the distribution itself; all else samples a sharper one.
-
-    Args:
-        temperature: of the softmax; 0 for the most likely token.
-        top_k: keep the k most likely tokens; None for all.
-        nucleus_p: keep the fewest tokens whose probabilities sum to p or more (Holtzman et al., arXiv 1904.09751).
-    """
-
-    temperature: NotNegative = 1.0
-    top_k: AtLeastOne | None = None
-    nucleus_p: AboveZeroShare = 1.0
-
-    def draw(self, log_p_NV: Tensor, u_N: Tensor) -> Tensor:
-        """Draw one token id per row, (N,), from uniform numbers `u_N`."""
-        if self.temperature == 0:
-            return log_p_NV.argmax(-1)
-        return draw_categorical(self.adjusted(log_p_NV), u_N)
-
-    def adjusted(self, log_p_NV: Tensor) -> Tensor:
-        """Return the logarithm of the distribution that `draw` samples, up to a constant per row."""
-        log_p_NV = log_p_NV if self.temperature == 1 else (log_p_NV.double() / self.temperature).log_softmax(-1)
-        if self.top_k is not None and self.top_k < log_p_NV.shape[-1]:
-            weakest_N1 = log_p_NV.topk(self.top_k, dim=-1).values[:, -1:]
-            log_p_NV = log_p_NV.masked_fill(log_p_NV < weakest_N1, -torch.inf)
-        if self.nucleus_p < 1:
-            ranked_NV, order_NV = log_p_NV.double().softmax(-1).sort(-1, descending=True)
-            before_NV = ranked_NV.cumsum(-1) - ranked_NV
-            outside_NV = torch.zeros_like(before_NV, dtype=torch.bool).scatter(1, order_NV, before_NV >= self.nucleus_p)
-            log_p_NV = log_p_NV.masked_fill(outside_NV, -torch.inf)
-        return log_p_NV
 
 
 def time_grid(num_steps: int, eps: float, device: torch.device | None = None) -> Tensor:

@@ -9,17 +9,16 @@ Shape suffixes: B batch, L length, N masked positions, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from palimpsest.common.positions import Positions
-from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import NotNegative
-from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
-from palimpsest.samplers.base import TokenChoice, sampler_of
+from palimpsest.samplers.base import sampler_of
 from palimpsest.samplers.ordered import AtEveryMask, first_positions, preference
-from palimpsest.samplers.trace import Trace
 
 
 def bounded(log_p_NV: Tensor, at: Positions, gamma: float) -> Tensor:
@@ -34,6 +33,7 @@ def bounded(log_p_NV: Tensor, at: Positions, gamma: float) -> Tensor:
     return first_positions(preference_BL, torch.minimum((before_BL <= gamma).sum(-1), at.mask_BL.sum(-1)))
 
 
+@dataclass(kw_only=True)
 class EntropyBounded(AtEveryMask):
     """Unmask the positions with the least entropy, as many as `gamma` allows.
 
@@ -41,18 +41,7 @@ class EntropyBounded(AtEveryMask):
         gamma: bound in nats. 0 unmasks one token per step, and all tokens with entropy 0.
     """
 
-    def __init__(
-        self,
-        model: Denoiser,
-        trace: Trace,
-        noise: KeyedNoise,
-        *,
-        gamma: NotNegative,
-        choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
-    ) -> None:
-        super().__init__(model, trace, choice)
-        self.u_BL = noise.uniform(trace.ids_BL.shape[1])
-        self.gamma = gamma
+    gamma: NotNegative
 
     def chosen(self, log_p_NV: Tensor, at: Positions) -> Tensor:
         return bounded(log_p_NV, at, self.gamma)

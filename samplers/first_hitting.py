@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from palimpsest.common.randomness import KeyedNoise
-from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
-from palimpsest.samplers.base import Planned, TokenChoice, sampler_of
-from palimpsest.samplers.trace import Trace
+from palimpsest.samplers.base import Planned, sampler_of
 
 UNFIT = (
     "sampling.predictor=first_hitting draws all unmasking times before the network runs, which is right where the "
@@ -30,24 +27,16 @@ class FirstHitting(Planned):
         ValueError: the network decides when a token is unmasked, so its time cannot be drawn in advance.
     """
 
-    def __init__(
-        self,
-        model: Denoiser,
-        trace: Trace,
-        noise: KeyedNoise,
-        *,
-        choice: TokenChoice = TokenChoice(),  # noqa: B008
-    ) -> None:
-        if not model.independent_unmasking:
+    def __post_init__(self) -> None:
+        if not self.model.independent_unmasking:
             raise ValueError(UNFIT)
-        open_BL = trace.open_BL
-        start = model.schedule(torch.ones((), dtype=torch.float64, device=open_BL.device)).move_chance
-        level_BL = (noise.uniform(open_BL.shape[1]) * start).masked_fill(~open_BL, -1.0)
+        open_BL, schedule = self.trace.open_BL, self.model.schedule
+        start = schedule(torch.ones((), dtype=torch.float64, device=open_BL.device)).move_chance
+        level_BL = (self.noise.uniform(open_BL.shape[1]) * start).masked_fill(~open_BL, -1.0)
         falling = level_BL.sort(dim=-1, descending=True)
         number_BL = falling.indices.argsort(dim=-1).masked_fill(~open_BL, -1)
-        time_BL = model.schedule.t_from_alpha(1 - falling.values).clamp(0.0, 1.0)
-        u_BL, steps = noise.uniform(open_BL.shape[1]), int(open_BL.sum(-1).max())
-        super().__init__(number_BL, u_BL, time_BL, steps, choice)
+        time_BL = schedule.t_from_alpha(1 - falling.values).clamp(0.0, 1.0)
+        self.plan(number_BL, time_BL, int(open_BL.sum(-1).max()))
 
 
 sample = sampler_of(FirstHitting, Absorbing, independent=True)

@@ -9,17 +9,17 @@ Shape suffixes: B batch, L length, N masked positions, V vocabulary.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from palimpsest.common.positions import Positions
-from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import AtLeastOne
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
-from palimpsest.samplers.base import Request, Step, TokenChoice, sampler_of
+from palimpsest.samplers.base import Request, Step, sampler_of
 from palimpsest.samplers.trace import Trace
 
 ORDERS = ("left_to_right", "confidence", "margin", "entropy")
@@ -55,10 +55,8 @@ def first_positions(preference_BL: Tensor, count_B: Tensor) -> Tensor:
 class AtEveryMask(Step):
     """Predict every masked position, then unmask those that `chosen` selects."""
 
-    def __init__(self, model: Denoiser, trace: Trace, choice: TokenChoice) -> None:
-        self.masked, self.maskable_B = Positions(trace.open_BL), trace.open_BL.sum(-1)
-        self.model = model
-        self.choice = choice
+    def __post_init__(self) -> None:
+        self.masked, self.maskable_B = Positions(self.trace.open_BL), self.trace.open_BL.sum(-1)
 
     @abstractmethod
     def chosen(self, log_p_NV: Tensor, at: Positions) -> Tensor:
@@ -75,23 +73,12 @@ class AtEveryMask(Step):
         return self.choice.draw(log_p_NV[at.find(now)], now.take(self.u_BL)), now
 
 
+@dataclass(kw_only=True)
 class Ordered(AtEveryMask):
     """Unmask the `tokens_per_step` positions that come first in the order."""
 
-    def __init__(
-        self,
-        model: Denoiser,
-        trace: Trace,
-        noise: KeyedNoise,
-        *,
-        order: Literal["left_to_right", "confidence", "margin", "entropy"],
-        tokens_per_step: AtLeastOne = 1,
-        choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
-    ) -> None:
-        super().__init__(model, trace, choice)
-        self.u_BL = noise.uniform(trace.ids_BL.shape[1])
-        self.order = order
-        self.tokens_per_step = tokens_per_step
+    order: Literal["left_to_right", "confidence", "margin", "entropy"]
+    tokens_per_step: AtLeastOne = 1
 
     def chosen(self, log_p_NV: Tensor, at: Positions) -> Tensor:
         count_B = at.mask_BL.sum(-1).clamp(max=self.tokens_per_step)

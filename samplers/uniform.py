@@ -11,21 +11,21 @@ Shape suffixes: B batch, L length, N positions drawn, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from palimpsest.common.positions import Positions
-from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import COUNT, AtLeastOne, Count, Needs, whole
-from palimpsest.denoisers import Denoiser
 from palimpsest.process import Hybrid, Uniform
-from palimpsest.samplers.base import Request, Step, TokenChoice, sampler_of, time_grid
+from palimpsest.samplers.base import Request, Step, sampler_of, time_grid
 from palimpsest.samplers.ordered import first_positions
 from palimpsest.samplers.trace import Trace
 
 
+@dataclass(kw_only=True)
 class Resample(Step):
     """Redraw every open position at each step, from pure noise to a clean text; prompt tokens never change.
 
@@ -38,38 +38,27 @@ class Resample(Step):
             context most strongly predicts another one (GIDD, arXiv 2503.04482, section 5), which is a heuristic.
     """
 
-    def __init__(
-        self,
-        model: Denoiser,
-        trace: Trace,
-        noise: KeyedNoise,
-        *,
-        steps: Count,
-        choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
-        noise_removal: bool = True,
-        eps: float = 1e-5,
-        corrector_steps: Annotated[int, whole(0, COUNT)] = 0,
-        corrector_tokens: Annotated[AtLeastOne, Needs("corrector_steps")] = 1,
-        corrector: Annotated[Literal["random", "informed"], Needs("corrector_steps")] = "random",
-        self_correction_steps: Annotated[int, whole(0, COUNT)] = 0,
-    ) -> None:
-        self.model = model
-        self.trace = trace
-        self.noise = noise
-        self.choice = choice
-        self.corrector = corrector
-        self.corrector_tokens = corrector_tokens
-        self.grid = time_grid(steps, eps, trace.ids_BL.device)
+    steps: Count
+    noise_removal: bool = True
+    eps: float = 1e-5
+    corrector_steps: Annotated[int, whole(0, COUNT)] = 0
+    corrector_tokens: Annotated[AtLeastOne, Needs("corrector_steps")] = 1
+    corrector: Annotated[Literal["random", "informed"], Needs("corrector_steps")] = "random"
+    self_correction_steps: Annotated[int, whole(0, COUNT)] = 0
+
+    def __post_init__(self) -> None:
+        trace, steps = self.trace, self.steps
+        self.grid = time_grid(steps, self.eps, trace.ids_BL.device)
         # The action of each step, and the index of its time in the grid.
         self.plan: list[tuple[str, int]] = []
         for place in range(steps):
-            self.plan += [("predict", place), *[("correct", place + 1)] * corrector_steps]
-        self.plan += [("tail", steps)] * noise_removal
+            self.plan += [("predict", place), *[("correct", place + 1)] * self.corrector_steps]
+        self.plan += [("tail", steps)] * self.noise_removal
         self.last_draw = len(self.plan)
-        self.plan += [("self-correct", steps)] * self_correction_steps
+        self.plan += [("self-correct", steps)] * self.self_correction_steps
         self.open = Positions(trace.open_BL)
         self.wrong_B = trace.open_BL.any(-1)  # rows in which self-correction may still change a token
-        trace.ids_BL = model.process.prior(trace.ids_BL, noise, trace.open_BL)
+        trace.ids_BL = self.model.process.prior(trace.ids_BL, self.noise, trace.open_BL)
 
     def positions(self, number: int, trace: Trace) -> Request | None:
         if number > len(self.plan):

@@ -24,10 +24,9 @@ from torch import Tensor
 from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import AboveZeroShare, Count, Needs, Share
-from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
 from palimpsest.samplers import ordered
-from palimpsest.samplers.base import Request, Step, TokenChoice, sampler_of
+from palimpsest.samplers.base import Request, Step, sampler_of
 from palimpsest.samplers.ordered import first_positions, preference, time_of
 from palimpsest.samplers.trace import Trace
 
@@ -157,6 +156,7 @@ def remdm_probs(alpha_t_B: Tensor, alpha_s_B: Tensor, eta: float) -> RemaskingPr
     return RemaskingProbs((alpha_s_B - (1 - sigma_B) * alpha_t_B) / (1 - alpha_t_B), sigma_B)
 
 
+@dataclass(kw_only=True)
 class Unmask(Step):
     """Unmask positions by a schedule, a threshold or the probabilities of ReMDM, and remask some.
 
@@ -164,28 +164,20 @@ class Unmask(Step):
     unmask nothing in a step are not evaluated.
     """
 
-    def __init__(
-        self,
-        model: Denoiser,
-        trace: Trace,
-        noise: KeyedNoise,
-        *,
-        steps: Count,
-        how: Unmasking = Unmasking(),  # noqa: B008 - frozen
-        choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
-    ) -> None:
-        self.model = model
-        self.how = how
-        self.choice = choice
-        self.noise = _step_noise(noise)
-        self.masked, self.maskable_B = Positions(trace.open_BL), trace.open_BL.sum(-1)
-        self.steps = steps
+    steps: Count
+    how: Unmasking = Unmasking()
+
+    def __post_init__(self) -> None:
+        # Numbers for any number of steps from one call, so that later ones do not depend on how many steps other rows
+        # of the batch take.
+        self.step_noise = KeyedNoise(0, (self.noise.uniform() * 2**53).long())
+        self.masked, self.maskable_B = Positions(self.trace.open_BL), self.trace.open_BL.sum(-1)
 
     def positions(self, number: int, trace: Trace) -> Request | None:
         how, masked_BL = self.how, trace.masked_BL
         if number > self.steps or not len(self.masked):
             return None
-        u_BL, self.token_u_BL = self.noise.uniform(masked_BL.shape[1]), self.noise.uniform(masked_BL.shape[1])
+        u_BL, self.u_BL = (self.step_noise.uniform(masked_BL.shape[1]) for _ in range(2))
         remasked_BL = None
         if how.remask == "remdm":
             alpha_t_B, alpha_s_B = (_alpha(how, n, self.steps, self.maskable_B) for n in (number - 1, number))
@@ -204,7 +196,7 @@ class Unmask(Step):
         return Request(at, t_B, erase_BL=remasked_BL)
 
     def tokens(self, log_p_NV: Tensor, at: Positions) -> tuple[Tensor, Positions]:
-        u_N = at.take(self.token_u_BL)
+        u_N = at.take(self.u_BL)
         drawn_N, now = None, at
         if self.how.ignores_prediction or self.how.remask == "low_confidence":
             drawn_N = self.choice.draw(log_p_NV, u_N)
@@ -226,12 +218,6 @@ def _num_to_unmask(how: Unmasking, step: int, steps: int, left_B: Tensor, maskab
 def _alpha(how: Unmasking, step: int, steps: int, maskable_B: Tensor) -> Tensor:
     """Return the share of unmasked tokens after `step` steps by the schedule, float64 (B,)."""
     return 1 - masked_share(how.schedule, step / steps, maskable_B)
-
-
-def _step_noise(generator: KeyedNoise) -> KeyedNoise:
-    """Return noise for any number of steps from one call of `generator`, whose later numbers then do not depend on how
-    many steps other rows of the batch take."""
-    return KeyedNoise(0, (generator.uniform() * 2**53).long())
 
 
 sample = sampler_of(Unmask, Absorbing)
