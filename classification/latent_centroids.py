@@ -51,4 +51,4 @@ def nearest_centroid(
     train = ((flat(latent_NKD), label_N) for latent_NKD, label_N in labelled_latents(data))
     centroids = fit_centroids(train, len(data.label_names))
     posterior_MC = centroids.posterior(latent_MF / windows_M[:, None], log_prior_C)
-    return posterior_MC, float(windows_M.mean()) * len(networks) * how.steps * (1 if how.guidance in (0, 1) else 2)
+    return posterior_MC, float(windows_M.mean()) * len(networks) * how.evaluations

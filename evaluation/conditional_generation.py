@@ -232,9 +232,8 @@ def text_to_latent(context: ConditionalContext) -> ConditionalResult:
             for name, ids in zip(chosen.key_M, chosen.ids, strict=True)]  # fmt: skip
     moments = {name: _moments(context.data, latent) for name, latent in (("drawn", sampled["true"]),
                                                                          ("real", chosen.latent_MKD))}  # fmt: skip
-    evaluations = how.steps * (1 if how.guidance in (0, 1) else 2)
     results = {"texts": len(rows), **{name: asdict(agreements[name]) for name in VARIANTS}, "moments": moments,
-               "network_evaluations_per_sample": evaluations}  # fmt: skip
+               "network_evaluations_per_sample": how.evaluations}  # fmt: skip
     return ConditionalResult(results, rows, [], {}, agreements, sampled["true"])
 
 
@@ -255,8 +254,8 @@ def latents_of(
         hidden_BL, _ = padded([blanks[m] for m in text_M[part]], pad_id)
         noise = KeyedNoise(context.seed, torch.from_numpy(key_M[part]).to(device)).part(1)
         conditioning = {name: value.to(device) for name, value in cond.items()}
-        out = gaussian.sample(model, x_BL.to(device), noise, how, masked_BL=hidden_BL.to(device), **conditioning)
-        return list(out.latent_BKD.cpu().numpy())
+        latent_BKD = gaussian.sample(model, x_BL.to(device), noise, how, masked_BL=hidden_BL.to(device), **conditioning)
+        return list(latent_BKD.cpu().numpy())
 
     return np.stack(context.in_batches(sample_part, len(key_M)))
 
@@ -317,10 +316,10 @@ def _joint_sampler(
         model: JointDenoiser, x_BL: Tensor, noise: KeyedNoise, watch: Watcher | None = None, **cond: Tensor
     ) -> Trace:
         marginal = replace(latent_steps, guidance=0.0)
-        sampled = gaussian.sample(model, x_BL, noise.part(1), marginal, masked_BL=x_BL, **cond)
-        sampled_latents.append(sampled.latent_BKD)
-        out = sampler(model, x_BL, noise, watch=watch, **cond, latent=sampled.latent_BKD)
-        out.evaluations_B += sampled.evaluations_B
+        latent_BKD = gaussian.sample(model, x_BL, noise.part(1), marginal, masked_BL=x_BL, **cond)
+        sampled_latents.append(latent_BKD)
+        out = sampler(model, x_BL, noise, watch=watch, **cond, latent=latent_BKD)
+        out.evaluations_B += marginal.evaluations
         return out
 
     return simultaneous if settings.joint_order == "simultaneous" else latent_first

@@ -31,13 +31,10 @@ class LatentSteps:
     eta: Share = 0.0
     guidance: NotNegative = 1.0
 
-
-@dataclass(frozen=True)
-class DrawnLatents:
-    """Standardised latents, float32, and the network evaluations spent on each row."""
-
-    latent_BKD: Tensor
-    evaluations_B: Tensor
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of each latent."""
+        return self.steps * (1 if self.guidance in (0, 1) else 2)
 
 
 def step(
@@ -71,8 +68,8 @@ def sample(
     *,
     masked_BL: Tensor | None = None,
     **cond: Tensor,
-) -> DrawnLatents:
-    """Draw latents given the clean texts `x_BL`.
+) -> Tensor:
+    """Draw standardised latents given the clean texts `x_BL`, float32 (B, K, D).
 
     Args:
         masked_BL: the texts with all their tokens masked, for the unconditional prediction.
@@ -94,5 +91,4 @@ def sample(
             unconditional = model.predict_latent(latent_BKD, t_B, masked_BL, one_B, **cond)
             prediction = unconditional if how.guidance == 0 else guided(prediction, unconditional, how.guidance)
         latent_BKD = step(prediction, latent_BKD, t_B, s_B, how.eta, generator)
-    evaluations = how.steps * (1 if how.guidance in (0, 1) else 2)
-    return DrawnLatents(latent_BKD.float(), torch.full((len(x_BL),), evaluations, device=x_BL.device))
+    return latent_BKD.float()

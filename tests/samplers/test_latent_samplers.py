@@ -85,13 +85,13 @@ def test_the_law_of_normal_latents_comes_out():
     """DDIM carries each noise to the latent of its quantile; ancestral steps end in the same law."""
     rows, x = 2000, torch.zeros(2000, 1, dtype=torch.long)
     known = NormalLatents(2.0, 0.5)
-    drawn = gaussian.sample(known, x, noise(rows), LatentSteps(200)).latent_BKD
+    drawn = gaussian.sample(known, x, noise(rows), LatentSteps(200))
     torch.testing.assert_close(drawn, (2 + 0.5 * noise(rows).normal(*SHAPE)).float(), atol=0.02, rtol=0)
     for eta in (0.5, 1.0):
-        drawn = gaussian.sample(known, x, noise(rows), LatentSteps(200, eta)).latent_BKD
+        drawn = gaussian.sample(known, x, noise(rows), LatentSteps(200, eta))
         assert abs(drawn.mean() - 2) < 0.02 and abs(drawn.std() - 0.5) < 0.02, eta
     for eta in (0.0, 1.0):  # what is certain is found in any number of steps
-        exact = gaussian.sample(NormalLatents(-1.5, 0.0), x[:3], noise(3), LatentSteps(3, eta)).latent_BKD
+        exact = gaussian.sample(NormalLatents(-1.5, 0.0), x[:3], noise(3), LatentSteps(3, eta))
         torch.testing.assert_close(exact, torch.full_like(exact, -1.5), atol=1e-5, rtol=0)
 
 
@@ -118,17 +118,15 @@ def test_an_ancestral_step_is_the_posterior_and_every_step_keeps_the_marginal():
 
 def test_guidance_of_latents_goes_from_the_marginal_to_the_text_and_beyond():
     net, x, hidden = model(), texts(), torch.full((ROWS, LENGTH), MASK)
-    draw = lambda w, x=x, **more: (
-        gaussian.sample(  # noqa: E731
-            net, x, noise(), LatentSteps(4, guidance=w), masked_BL=hidden, **more
-        ).latent_BKD
+    draw = lambda w, x=x, **more: gaussian.sample(  # noqa: E731
+        net, x, noise(), LatentSteps(4, guidance=w), masked_BL=hidden, **more
     )
-    assert torch.equal(draw(1.0), gaussian.sample(net, x, noise(), LatentSteps(4)).latent_BKD)
+    assert torch.equal(draw(1.0), gaussian.sample(net, x, noise(), LatentSteps(4)))
     assert torch.equal(draw(0.0), draw(0.0, x=x.flip(0))) and not torch.equal(draw(1.0), draw(1.0, x=x.flip(0)))
     z, t, s = noise().normal(*SHAPE), torch.ones(ROWS).double(), torch.zeros(ROWS).double()
     conditional, unconditional = net.predict_latent(z, t, x, s), net.predict_latent(z, t, hidden, t)
     torch.testing.assert_close(
-        gaussian.sample(net, x, noise(), LatentSteps(1, guidance=3.0), masked_BL=hidden).latent_BKD,
+        gaussian.sample(net, x, noise(), LatentSteps(1, guidance=3.0), masked_BL=hidden),
         (unconditional.x0_BKD + 3 * (conditional.x0_BKD - unconditional.x0_BKD)).float(),
     )
     with pytest.raises(ValueError, match="sampling.guidance=2"):
@@ -137,8 +135,9 @@ def test_guidance_of_latents_goes_from_the_marginal_to_the_text_and_beyond():
 
 def test_the_marginal_is_asked_with_masks_at_time_1_and_the_text_clean_at_0():
     spied, x, hidden = Spied(model()), texts(), torch.full((ROWS, LENGTH), MASK)
-    out = gaussian.sample(spied, x, noise(), LatentSteps(3, guidance=2.0), masked_BL=hidden)
-    assert out.evaluations_B.tolist() == [6] * ROWS
+    how = LatentSteps(3, guidance=2.0)
+    gaussian.sample(spied, x, noise(), how, masked_BL=hidden)
+    assert how.evaluations == len(spied.asked) == 6
     for asked, t_B, _, _ in spied.asked:
         assert torch.equal(asked, x) and (t_B == 0).all() or torch.equal(asked, hidden) and (t_B == 1).all()
 
@@ -186,7 +185,7 @@ def test_a_row_does_not_depend_on_its_batch():
     chosen = {"positions": "contrast", "rate": 0.5, "eligible_BL": torch.ones_like(x, dtype=torch.bool)}
     pairs = [
         [DDPM(net, masks[i], key, latent=z[i]).ids_BL for i, key in ((slice(None), every), (some, few))],
-        [gaussian.sample(net, x[i], key, steps, masked_BL=masks[i]).latent_BKD
+        [gaussian.sample(net, x[i], key, steps, masked_BL=masks[i])
          for i, key in ((slice(None), noise()), (some, KeyedNoise(3, some)))],
         [joint.sample(net, masks[i], key, steps=4, eta=1.0).latent_BKD
          for i, key in ((slice(None), noise()), (some, KeyedNoise(3, some)))],
