@@ -15,12 +15,7 @@ import numpy as np
 
 from palimpsest.classification.baselines import Baseline, Labelled, baselines
 from palimpsest.classification.bayes import posterior
-from palimpsest.classification.calibration import (
-    TEMPERATURES,
-    fit_length_temperature,
-    fit_rate_weights,
-    fit_temperature,
-)
+from palimpsest.classification.calibration import TEMPERATURES, fit_length_temperature, fit_temperature
 from palimpsest.classification.ensembles import best_baseline, fit_weight, product_of_experts
 from palimpsest.classification.latent_centroids import nearest_centroid
 from palimpsest.classification.measures import Measures, measure
@@ -32,11 +27,7 @@ from palimpsest.dataloader import TextData
 from palimpsest.evaluation.experiment import Experiment
 from palimpsest.samplers.gaussian import LatentSteps
 
-CALIBRATED = {
-    "temperature": "this model, temperature fitted",
-    "rates": "this model, mask rates weighted",
-    "length": "this model, temperature by length",
-}
+CALIBRATED = {"temperature": "this model, temperature fitted", "length": "this model, temperature by length"}
 # Ensembles take the calibrated predictions of other runs, too; older runs have no temperature by length.
 _CALIBRATED_COLUMNS = ("calibrated_length", "calibrated_temperature", "posterior")
 
@@ -48,7 +39,7 @@ log = logging.getLogger(__name__)
 class ComparedMethods:
     """Methods that Bayes' rule is compared with."""
 
-    calibrate: bool = False  # with temperatures and weights per mask rate, fitted on the validation split
+    calibrate: bool = False  # with temperatures that are fitted on the validation split
     baselines: bool = True  # with naive Bayes and logistic regressions, and with the nearest centroid of latents
     # Folders of other classifications of the same split.
     compare: Annotated[Sequence[str], list_of(PATH, 0, "[outputs/.../classify/test]")] = ()
@@ -90,7 +81,7 @@ class Method:
 
 
 def fit(scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, Any]:
-    """Fit temperatures and, if masks were drawn, weights per mask rate, to the scores of the validation split."""
+    """Fit temperatures to the scores of the validation split."""
     log_p_MC, label_M = scores.log_p_MC, scores.label_M
     fitted = {
         "temperature": fit_temperature(log_p_MC, label_M, log_prior_C),
@@ -99,8 +90,6 @@ def fit(scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, Any]:
     if np.isclose(fitted["temperature"], TEMPERATURES, rtol=1e-3).any():
         about = "classify.calibrate: the fitted temperature is at a limit, %g: %d validation texts do not determine it"
         log.warning(about, fitted["temperature"], len(label_M))
-    if scores.has_masks:
-        fitted["rate_weights"] = fit_rate_weights(scores.nats_MCP, scores.rate_MP, scores.label_M, log_prior_C)
     return fitted
 
 
@@ -108,12 +97,11 @@ def calibrated(fitted: Mapping[str, Any], scores: ClassScores, log_prior_C: np.n
     """Return the calibrated p(class | text) (M, C), by name."""
     if not fitted:
         return {}
-    posteriors = {"temperature": posterior(scores.log_p_MC / fitted["temperature"], log_prior_C)}
-    if "rate_weights" in fitted:
-        weighted_MC = fitted["rate_weights"].log_p(scores.nats_MCP, scores.rate_MP)
-        posteriors["rates"] = posterior(weighted_MC, log_prior_C)
     by_length_MC = fitted["length"].log_p(scores.log_p_MC, _lengths(scores))
-    return posteriors | {"length": posterior(by_length_MC, log_prior_C)}
+    return {
+        "temperature": posterior(scores.log_p_MC / fitted["temperature"], log_prior_C),
+        "length": posterior(by_length_MC, log_prior_C),
+    }
 
 
 def _lengths(scores: ClassScores) -> np.ndarray:

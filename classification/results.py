@@ -105,7 +105,6 @@ class ClassificationResult:
             "accuracy_at_mask_rate": _curve("mask_rate", *self.at_mask_rates()) if scores.has_masks else None,
             "temperature": self.fitted.get("temperature"),
             "temperature_by_length": asdict(self.fitted["length"]) if self.fitted else None,
-            "rate_weights": getattr(self.fitted.get("rate_weights"), "weight_B", None),
             "other_texts": self.detection and self.detection.results(),
         }  # fmt: skip
 

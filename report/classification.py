@@ -135,8 +135,8 @@ def _calibration(report: Report, result: ClassificationResult) -> None:
 
 def _abstention(report: Report, result: ClassificationResult) -> None:
     """Show the accuracy of the most confident predictions, of one calibration only: the temperature by length."""
-    left_out = {name for kind, name in CALIBRATED.items() if kind != "length"}
-    shown = {m.name: m.measures.abstention.right_M for m in result.methods if m.name not in left_out}
+    methods = [method for method in result.methods if method.name != CALIBRATED["temperature"]]
+    shown = {method.name: method.measures.abstention.right_M for method in methods}
     abstention = result.plain.measures.abstention
     report.section("Abstention", _ABSTENTION)
     half, most = abstention.at(0.5), abstention.at(0.9)

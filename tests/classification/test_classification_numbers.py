@@ -14,9 +14,7 @@ from palimpsest.classification import bayes
 from palimpsest.classification.bayes import averaged_posterior, log_prior, posterior, posterior_interval
 from palimpsest.classification.calibration import (
     LengthTemperature,
-    RateWeights,
     fit_length_temperature,
-    fit_rate_weights,
     fit_temperature,
 )
 from palimpsest.classification.measures import abstention, auroc, macro_f1, measure, reliability, top_log_odds
@@ -320,74 +318,6 @@ def test_the_ends_of_the_temperature():
         assert fit_temperature(gap * log_p_MC, label_M, np.log([0.5, 0.5])) == 0.1
     with pytest.raises(ValueError, match="validation texts"):
         fit_temperature(log_p_MC[:0], label_M[:0], np.log([0.5, 0.5]))
-
-
-def passes(num_texts, weight_B, rng, num_passes=10, scale=8.0):
-    """Evidence whose worth is known: labels drawn from the posterior under the planted weights."""
-    rate_MP = rng.random((num_texts, num_passes))
-    nats_MCP = 300 + scale * rng.normal(size=(num_texts, 2, num_passes))
-    log_prior_C = np.log([0.4, 0.6])
-    log_p_MC = RateWeights(np.array(weight_B), 0.0).log_p(nats_MCP, rate_MP)
-    return nats_MCP, rate_MP, planted_labels(log_p_MC, log_prior_C, rng), log_prior_C
-
-
-def test_weights_of_one_are_plain_bayes_also_where_passes_are_missing(rng):
-    nats_MCP, rate_MP, _, _ = passes(50, [1.0] * 5, rng)
-    plain = RateWeights(np.ones(5), 0.0)
-    assert (plain.log_p(nats_MCP, rate_MP) == -nats_MCP.mean(2)).all()
-    nats_MCP[::2, :, 6:], rate_MP[::2, 6:] = np.nan, np.nan
-    assert (plain.log_p(nats_MCP, rate_MP) == -np.nanmean(nats_MCP, axis=2)).all()
-
-
-def test_weights_by_hand():
-    nats_MCP = np.array([[[1.0, 10.0, 100.0, np.nan]], [[1.0, 10.0, 100.0, 1000.0]]])
-    rate_MP = np.array([[0.1, 0.5, 0.9, np.nan], [0.0, 0.49, 0.5, 1.0]])
-    found = RateWeights(np.array([2.0, 3.0]), 0.0).log_p(nats_MCP, rate_MP)
-    assert found.ravel() == pytest.approx([-(2 * 1 + 3 * 110) / 3, -(2 * 11 + 3 * 1100) / 4])
-
-
-def test_planted_weights_are_found(rng):
-    weight_B = [0.0, 0.2, 0.5, 1.0, 1.5]
-    found = fit_rate_weights(*passes(6_000, weight_B, rng))
-    assert found.weight_B == pytest.approx(weight_B, abs=0.12) and (found.weight_B >= 0).all()
-
-
-def test_no_weight_is_negative(rng):
-    found = fit_rate_weights(*passes(2_000, [-1.0, 1.0, 1.0, 1.0, 1.0], rng))
-    assert found.weight_B[0] == 0 and (found.weight_B[1:] > 0.5).all()
-
-
-def test_few_texts_give_one_weight_and_empty_bins_the_common_one(rng):
-    found = [fit_rate_weights(*passes(60, [0.7] * 5, rng)) for _ in range(8)]
-    assert np.median([one.ridge for one in found]) >= 0.1
-    nats_MCP, rate_MP, label_M, log_prior_C = passes(500, [1.0, 1.0, 0.2, 0.2, 0.2], rng)
-    found = fit_rate_weights(nats_MCP, rate_MP * 0.79, label_M, log_prior_C)
-    temperature = fit_temperature(-nats_MCP.mean(2), label_M, log_prior_C)
-    assert found.weight_B[4] == pytest.approx(1 / temperature, rel=1e-3)
-
-
-def test_invalid_passes_are_refused(rng):
-    nats_MCP, rate_MP, label_M, log_prior_C = passes(10, [1.0] * 5, rng)
-    nats_MCP[0, 1, 3] = np.nan
-    with pytest.raises(ValueError, match="same passes"):
-        fit_rate_weights(nats_MCP, rate_MP, label_M, log_prior_C)
-    nats_MCP[0] = np.nan
-    with pytest.raises(ValueError, match="no pass"):
-        fit_rate_weights(nats_MCP, rate_MP, label_M, log_prior_C)
-    with pytest.raises(ValueError, match="share"):
-        fit_rate_weights(nats_MCP[1:], 2 + rate_MP[1:], label_M[1:], log_prior_C)
-
-
-# -------------------------------------------------------------------------------- temperature by length
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
-def test_a_planted_growth_of_the_temperature_is_found(gamma, rng):
-    log_prior_C, tokens_M = np.log([0.2, 0.3, 0.5]), rng.integers(10, 1000, 12_000)
-    planted = LengthTemperature(6.0, gamma, float(tokens_M.mean()))
-    log_p_MC = -1000 + 8 * (tokens_M / tokens_M.mean())[:, None] ** gamma * rng.normal(size=(12_000, 3))
-    label_M = planted_labels(planted.log_p(log_p_MC, tokens_M), log_prior_C, rng)
-    found = fit_length_temperature(log_p_MC, tokens_M, label_M, log_prior_C)
-    assert found.gamma == pytest.approx(gamma, abs=0.1) and found.temperature == pytest.approx(6, rel=0.1)
-    assert found.mean_tokens == tokens_M.mean()
 
 
 def test_correlated_tokens_make_the_evidence_a_mean_per_token(rng):
