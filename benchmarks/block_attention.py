@@ -11,7 +11,6 @@ alone. Sampling is timed for blocks at five positions of the text and interpolat
 
 from __future__ import annotations
 
-import json
 import time
 from functools import partial
 
@@ -92,8 +91,7 @@ def measure(law: str, size: int, vocab: int, steps: int) -> dict[str, float]:
 
 def train(sizes: list[int], vocab: int, steps: int, pairs: int) -> None:
     for size in sizes:
-        words = ("--sizes", size, "--steps", steps, "--vocab", vocab)
-        found = in_own_processes(__file__, {law: ("train", "--law", law, *words) for law in LAWS}, pairs)
+        found = in_own_processes(measure, {law: (law, size, vocab, steps) for law in LAWS}, pairs)
         speed = found["tokens_per_s"]
         report(
             "block_train_step",
@@ -154,7 +152,6 @@ def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("what", choices=("train", "sample"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 16])
-    parser.add_argument("--law", choices=LAWS)
     parser.add_argument("--vocab", type=int, default=VOCAB)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=2)
@@ -163,8 +160,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "sample":
         sample(args.sizes, args.length, args.batch)
-    elif args.law:
-        print(json.dumps(measure(args.law, args.sizes[0], args.vocab, args.steps)))
     else:
         train(args.sizes, args.vocab, args.steps, args.pairs)
 

@@ -8,8 +8,6 @@ is the process's resident memory minus that before the network was built.
 
 from __future__ import annotations
 
-import json
-
 import torch
 
 from palimpsest.benchmarks.shared import in_own_processes, new_parser, peak_mib, ratios, report, spread, training_steps
@@ -54,13 +52,9 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, default="dit")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--side", choices=SIDES)
     args = parser.parse_args()
-    if args.side:
-        print(json.dumps(measure(args.network, args.side == "again", args.steps)))
-        return
-    words = ("--network", args.network, "--steps", args.steps)
-    found = in_own_processes(__file__, {side: ("--side", side, *words) for side in SIDES}, args.pairs)
+    sides = {side: (args.network, side == "again", args.steps) for side in SIDES}
+    found = in_own_processes(measure, sides, args.pairs)
     memory = found["peak_mib"]
     seconds = found["seconds"]
     for side in SIDES:

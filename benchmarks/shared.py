@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,20 +64,18 @@ def in_turns(runs: Mapping[str, Callable[[], T]], rounds: int) -> tuple[dict[str
 
 
 def in_own_processes(
-    file: str, arguments: Mapping[str, Sequence[object]], rounds: int
+    measure: Callable[..., dict[str, Any]], arguments: Mapping[str, Sequence[object]], rounds: int
 ) -> dict[str, dict[str, list[Any]]]:
-    """Run a program with each of `arguments` in each round, in processes of their own, so that peak memory is too.
+    """Call `measure` with each of `arguments` in each round, in processes of their own, so that peak memory is too.
 
     Returns:
-        the values of the JSON that it prints: key -> name of the arguments -> values of all rounds.
+        what it returns: key -> name of the arguments -> values of all rounds.
     """
-    runs = {
-        name: partial(subprocess.run, [sys.executable, file, *map(str, words)], check=True, capture_output=True)
-        for name, words in arguments.items()
-    }
-    printed = {name: [json.loads(one.stdout) for one in done] for name, done in in_turns(runs, rounds)[1].items()}
-    keys = next(iter(printed.values()))[0]
-    return {key: {name: [one[key] for one in found] for name, found in printed.items()} for key in keys}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        runs = {name: (lambda given=given: pool.submit(measure, *given).result()) for name, given in arguments.items()}
+        results = in_turns(runs, rounds)[1]
+    keys = next(iter(results.values()))[0]
+    return {key: {name: [one[key] for one in found] for name, found in results.items()} for key in keys}
 
 
 def spread(values: Sequence[float]) -> list[float]:

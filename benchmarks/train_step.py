@@ -9,8 +9,6 @@ are of pairs.
 
 from __future__ import annotations
 
-import json
-
 import torch
 from torch import nn
 
@@ -78,14 +76,10 @@ def measure(law: str, steps: int) -> dict[str, float]:
 
 def main() -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("--law", choices=LAWS)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--pairs", type=int, default=5)
     args = parser.parse_args()
-    if args.law:
-        print(json.dumps(measure(args.law, args.steps)))
-        return
-    found = in_own_processes(__file__, {law: ("--law", law, "--steps", args.steps) for law in LAWS}, args.pairs)
+    found = in_own_processes(measure, {law: (law, args.steps) for law in LAWS}, args.pairs)
     speed = found["tokens_per_s"]
     memory = found["peak_mib"]
     for law, values in speed.items():
