@@ -136,16 +136,9 @@ def masks_left(schedule: str, step: int, steps: int, count_B: Tensor) -> Tensor:
     return torch.minimum(scheduled_B, count_B - step).clamp(min=0)
 
 
-@dataclass(frozen=True)
-class RemaskingProbs:
-    """Per-row probabilities for one step, float64: of unmasking a masked token, and of remasking an unmasked one."""
-
-    unmask_B: Tensor
-    remask_B: Tensor
-
-
-def remdm_probs(alpha_t_B: Tensor, alpha_s_B: Tensor, eta: float) -> RemaskingProbs:
-    """Return the reverse posterior of ReMDM (Wang et al., arXiv 2503.00307, section 3) from t to s < t.
+def remdm_probs(alpha_t_B: Tensor, alpha_s_B: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """Return the probabilities of unmasking and of remasking a token from t to s < t, float64 (B,), by ReMDM's reverse
+    posterior (Wang et al., arXiv 2503.00307, section 3).
 
     A token is remasked with probability sigma = min(eta, (1 - alpha_s) / alpha_t), the cap of ReMDM-cap (section 4.1),
     and unmasked with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t). The share of masks at s is
@@ -153,7 +146,7 @@ def remdm_probs(alpha_t_B: Tensor, alpha_s_B: Tensor, eta: float) -> RemaskingPr
     """
     most_B = (1 - alpha_s_B) / alpha_t_B.clamp(min=torch.finfo(torch.float64).tiny)
     sigma_B = most_B.clamp(max=eta)
-    return RemaskingProbs((alpha_s_B - (1 - sigma_B) * alpha_t_B) / (1 - alpha_t_B), sigma_B)
+    return (alpha_s_B - (1 - sigma_B) * alpha_t_B) / (1 - alpha_t_B), sigma_B
 
 
 @dataclass(kw_only=True)
@@ -180,11 +173,12 @@ class Unmask(Step):
         u_BL, self.u_BL = (self.step_noise.uniform(masked_BL.shape[1]) for _ in range(2))
         remasked_BL = None
         if how.remask == "remdm":
-            alpha_t_B, alpha_s_B = (_alpha(how, n, self.steps, self.maskable_B) for n in (number - 1, number))
-            probs = remdm_probs(alpha_t_B, alpha_s_B, how.remask_eta)
+            done = ((number - 1) / self.steps, number / self.steps)
+            alpha_t_B, alpha_s_B = (1 - masked_share(how.schedule, r, self.maskable_B) for r in done)
+            unmask_B, remask_B = remdm_probs(alpha_t_B, alpha_s_B, how.remask_eta)
             t_B = self.model.schedule.t_from_alpha(alpha_t_B).clamp(0.0, 1.0)
-            self.count_B = (masked_BL & (u_BL < probs.unmask_B[:, None])).sum(-1)
-            remasked_BL = (trace.step_BL > 0) & (u_BL < probs.remask_B[:, None])
+            self.count_B = (masked_BL & (u_BL < unmask_B[:, None])).sum(-1)
+            remasked_BL = (trace.step_BL > 0) & (u_BL < remask_B[:, None])
         else:
             t_B = time_of(self.model, masked_BL.sum(-1), self.maskable_B)
             self.count_B = _num_to_unmask(how, number, self.steps, masked_BL.sum(-1), self.maskable_B)
@@ -213,11 +207,6 @@ def _num_to_unmask(how: Unmasking, step: int, steps: int, left_B: Tensor, maskab
     if how.threshold is None:
         return left_B - masks_left(how.schedule, step, steps, maskable_B)
     return left_B if step == steps else left_B.clamp(max=1)
-
-
-def _alpha(how: Unmasking, step: int, steps: int, maskable_B: Tensor) -> Tensor:
-    """Return the share of unmasked tokens after `step` steps by the schedule, float64 (B,)."""
-    return 1 - masked_share(how.schedule, step / steps, maskable_B)
 
 
 sample = sampler_of(Unmask, Absorbing)

@@ -84,11 +84,11 @@ def test_remdm_keeps_the_share_of_masks_whatever_eta():
     alpha = torch.linspace(0, 1, 9, dtype=torch.float64)
     for eta in (0.0, 0.1, 1.0):
         now, then = alpha[:-1], alpha[1:]
-        probs = remdm_probs(now, then, eta)
-        assert torch.allclose(now * probs.remask_B + (1 - now) * (1 - probs.unmask_B), 1 - then)
-        for p in (probs.unmask_B, probs.remask_B):
+        unmask_B, remask_B = remdm_probs(now, then, eta)
+        assert torch.allclose(now * remask_B + (1 - now) * (1 - unmask_B), 1 - then)
+        for p in (unmask_B, remask_B):
             assert (p >= -1e-12).all() and (p <= 1 + 1e-12).all()
-        assert probs.unmask_B[-1] == 1 and probs.remask_B[-1] == 0
+        assert unmask_B[-1] == 1 and remask_B[-1] == 0
 
 
 def test_low_confidence_keeps_what_was_drawn_with_most_probability():
