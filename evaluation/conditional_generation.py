@@ -23,7 +23,7 @@ from palimpsest.evaluation.likelihood import GroundTruth
 from palimpsest.evaluation.sample_quality import Comparison, compare, real_texts
 from palimpsest.evaluation.sampling_inputs import masked_row, padded, rows_to_fill
 from palimpsest.samplers import gaussian, joint
-from palimpsest.samplers.base import TokenChoice
+from palimpsest.samplers.base import TokenChoice, with_model
 from palimpsest.samplers.gaussian import LatentSteps
 from palimpsest.samplers.joint import with_guidance
 from palimpsest.samplers.trace import Trace, Watcher
@@ -119,13 +119,8 @@ class ConditionalContext(SamplingContext):
         watched: bool = False,
     ) -> list[SampledTokens]:
         """Sample the masked tokens of `rows` with the changed model; `watched` lets `watch` observe it."""
-        sampler = self.drawing.sampler
-
-        def sample(model: Denoiser, *args: object, **cond: object) -> Trace:
-            return sampler(wrap_model(model), *args, **cond)
-
-        watch = self.watch if watched else None
-        context = replace(self, drawing=replace(self.drawing, sampler=sample), watch=watch)
+        drawing = replace(self.drawing, sampler=with_model(self.drawing.sampler, wrap_model))
+        context = replace(self, drawing=drawing, watch=self.watch if watched else None)
         return context.sample(rows, key_M, conditioning)
 
 

@@ -16,7 +16,7 @@ from palimpsest.diffusion import Diffusion
 from palimpsest.evaluation.drawing import Drawing
 from palimpsest.evaluation.editing import class_number
 from palimpsest.evaluation.likelihood import GroundTruth
-from palimpsest.samplers.trace import Trace
+from palimpsest.samplers.base import with_model
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,8 @@ class Guidance:
             )
         by_network = lambda model: ClassGuided(model, number, self.weight)
         guide = by_network if self.by == "network" else self._by_unigrams(number, data, diffusion)
-
-        def sample(model: Denoiser, *args: object, **cond: object) -> Trace:
-            return drawing.sampler(guide(model), *args, **cond)
-
         known = {"class": data.label_names[number], "guidance": self.weight, "guidance_by": self.by}
-        return replace(drawing, sampler=sample, protocol={**drawing.protocol, **known})
+        return replace(drawing, sampler=with_model(drawing.sampler, guide), protocol={**drawing.protocol, **known})
 
     def _by_unigrams(self, number: int, data: TextData, diffusion: Diffusion) -> Callable[[Denoiser], Denoiser]:
         counts_CV = token_counts(data, diffusion.objective.causal, by_class=True) + 1.0

@@ -219,6 +219,11 @@ def time_grid(num_steps: int, eps: float, device: torch.device | None = None) ->
     return torch.linspace(1.0, eps, num_steps + 1, dtype=torch.float64, device=device)
 
 
+def with_model(sampler: Callable[..., Trace], changed: Callable[[Denoiser], Denoiser]) -> Callable[..., Trace]:
+    """Return `sampler` for a model that `changed` changes first."""
+    return lambda model, *args, **cond: sampler(changed(model), *args, **cond)
+
+
 _CHUNK_NUMBERS = 2**25  # maximum of log-probabilities that are held at once
 
 

@@ -13,22 +13,16 @@ from torch import Tensor
 
 from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.denoisers import Denoiser, JointDenoiser, LatentGuided
+from palimpsest.denoisers import JointDenoiser, LatentGuided
 from palimpsest.process import Absorbing, unmask_step
-from palimpsest.samplers.base import TokenChoice, sampler, time_grid
+from palimpsest.samplers.base import TokenChoice, sampler, time_grid, with_model
 from palimpsest.samplers.gaussian import step
 from palimpsest.samplers.trace import Trace, Watcher
 
 
 def with_guidance(sampler: Callable[..., Trace], weight: float) -> Callable[..., Trace]:
     """Return `sampler` with guidance of `weight` towards the latent."""
-    if weight == 1:
-        return sampler
-
-    def sample_guided(model: Denoiser, x_BL: Tensor, generator: KeyedNoise, **cond: Tensor) -> Trace:
-        return sampler(LatentGuided(model, weight), x_BL, generator, **cond)
-
-    return sample_guided
+    return sampler if weight == 1 else with_model(sampler, lambda model: LatentGuided(model, weight))
 
 
 @dataclass(frozen=True)
