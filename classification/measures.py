@@ -25,12 +25,9 @@ SMALLEST = np.nextafter(0.0, 1.0)  # 4.9e-324, whose log is -744.4
 class Reliability:
     """Accuracy by confidence, in equal-width bins (low, high] of [0, 1]; values of empty bins are nan."""
 
-    edges: np.ndarray  # (B + 1,)
     counts_B: np.ndarray  # texts
     confidence_B: np.ndarray  # mean
     accuracy_B: np.ndarray
-    low_B: np.ndarray  # 95 % Wilson interval of the accuracy
-    high_B: np.ndarray
 
     @property
     def ece(self) -> float:
@@ -222,23 +219,10 @@ def macro_f1(confusion_CC: np.ndarray) -> Estimate:
 
 
 def reliability(confidence_M: np.ndarray, right_M: np.ndarray) -> Reliability:
-    """Compute the reliability of M predictions with `confidence_M`, of which `right_M` are right.
-
-    Raises:
-        ValueError: the lengths differ, or a confidence lies outside [0, 1].
-    """
-    confidence_M = np.asarray(confidence_M, dtype=np.float64)
-    right_M = np.asarray(right_M, dtype=np.float64)
-    if confidence_M.shape != right_M.shape:
-        raise ValueError(f"{confidence_M.size} confidences but {right_M.size} answers")
-    if not ((confidence_M >= 0) & (confidence_M <= 1 + 1e-6)).all():
-        raise ValueError("confidences must lie in [0, 1]: pass probabilities, not logits")
-    edges = np.linspace(0, 1, _NUM_BINS + 1)
-    bin_M = np.digitize(confidence_M, edges[1:-1], right=True)
+    """Compute the reliability of M predictions with `confidence_M` in [0, 1], of which `right_M` are right."""
+    bin_M = np.digitize(confidence_M, np.linspace(0, 1, _NUM_BINS + 1)[1:-1], right=True)
     counts_B, right_B = (np.bincount(bin_M, weight, _NUM_BINS).astype(np.int64) for weight in (None, right_M))
     with np.errstate(invalid="ignore"):
         mean_B = np.bincount(bin_M, confidence_M, _NUM_BINS) / counts_B
         accuracy_B = right_B / counts_B
-    intervals = [wilson_interval(int(k), int(n)) for k, n in zip(right_B, counts_B, strict=True)]
-    low_B, high_B = np.array([i.low for i in intervals]), np.array([i.high for i in intervals])
-    return Reliability(edges, counts_B, mean_B, accuracy_B, low_B, high_B)
+    return Reliability(counts_B, mean_B, accuracy_B)
