@@ -9,9 +9,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from palimpsest.benchmarks.shared import WIKITEXT2, new_parser, report, trained
+from palimpsest.benchmarks.shared import new_parser, report, trained
 
-COMMON = [*WIKITEXT2, "sampling.num_sample_log=2"]
+COMMON = [
+    "mode=train", "data=wikitext2", "data.source.detokenizer=null", "data.tokenizer_name_or_path=bpe",
+    "data.vocab_size=4096", "model=tiny", "model.hidden_size=128", "model.n_blocks=3", "model.n_heads=4",
+    "model.length=128", "model.cond_dim=8", "model.dropout=0", "loader.global_batch_size=32", "optim=muon",
+    "lr_scheduler=cosine_decay_warmup", "lr_scheduler.num_warmup_steps=100", "trainer.val_check_interval=250",
+    "training.ema=0.99", "eval.num_draws=8", "sampling.num_sample_log=2",
+]  # fmt: skip
 RUNS = {
     "AR": ["parameterization=ar"],
     "MDLM": [],

@@ -21,14 +21,6 @@ from torch import Tensor, nn
 from palimpsest.common.randomness import KeyedNoise, training_noise
 
 ROOT = Path(__file__).parents[1]
-# The training of WikiText-2 that objectives and block sizes are compared with.
-WIKITEXT2 = [
-    "mode=train", "data=wikitext2", "data.source.detokenizer=null", "data.tokenizer_name_or_path=bpe",
-    "data.vocab_size=4096", "model=tiny", "model.hidden_size=128", "model.n_blocks=3", "model.n_heads=4",
-    "model.length=128", "model.cond_dim=8", "model.dropout=0", "loader.global_batch_size=32", "optim=muon",
-    "lr_scheduler=cosine_decay_warmup", "lr_scheduler.num_warmup_steps=100", "trainer.val_check_interval=250",
-    "training.ema=0.99", "eval.num_draws=8",
-]  # fmt: skip
 
 T = TypeVar("T")
 
