@@ -11,7 +11,6 @@ Shape suffixes: B batch, L length, R rows still being written, k tokens of a blo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
@@ -28,32 +27,7 @@ from palimpsest.samplers.base import TokenChoice, sampler, select_rows
 from palimpsest.samplers.first_hitting import sample as first_hitting_sample
 from palimpsest.samplers.trace import Trace, Watcher
 
-
-@dataclass(frozen=True)
-class Ending:
-    """The rule that ends a text of variable length, as in the reference, for each row.
-
-    A text ends after its first generated end token. A text that repeats itself ends too: if it is longer than `last`
-    generated tokens, and the unigram entropy of the last `last` is below `min_entropy` nats, these are cut off. Prompt
-    tokens neither end a text nor are cut off. `min_entropy` None switches the second rule off.
-    """
-
-    min_entropy: float | None = 4.0
-    last: int = 256
-
-    def length(self, ids_S: Tensor, written_S: Tensor, stop_id: int | None) -> int | None:
-        """Return the length of a text that ends with these tokens, or None; `written_S` is False on prompt tokens."""
-        ended = ((ids_S == stop_id) & written_S).nonzero() if stop_id is not None else ids_S[:0]
-        if len(ended):
-            return int(ended[0]) + 1
-        if self.min_entropy is None or len(ids_S) <= self.last or int(written_S.sum()) < self.last:
-            return None
-        return len(ids_S) - self.last if unigram_entropy(ids_S[-self.last :]) < self.min_entropy else None
-
-
-def ending(var_length: bool, min_entropy: Annotated[NotNegative | None, Needs("var_length")]) -> Ending | None:
-    """Return the ending that a configuration describes; None for texts of full length."""
-    return Ending(min_entropy) if var_length else None
+_LAST = 256  # generated tokens by which a text that repeats itself is recognised
 
 
 def within(first_hitting: bool, steps: Count, choice: TokenChoice) -> Callable[..., Trace]:
@@ -61,6 +35,21 @@ def within(first_hitting: bool, steps: Count, choice: TokenChoice) -> Callable[.
     if first_hitting:
         return partial(first_hitting_sample, choice=choice)
     return partial(ancestral.sample, steps=steps, skip_idle=True, choice=choice)
+
+
+def text_length(ids_S: Tensor, written_S: Tensor, stop_id: int | None, min_entropy: float | None) -> int | None:
+    """Return the length of a text that ends with these tokens, as in the reference, or None.
+
+    A text ends after its first generated end token. A text that repeats itself ends too: if it is longer than 256
+    generated tokens, and the unigram entropy of the last 256 is below `min_entropy` nats, these are cut off. Prompt
+    tokens, where `written_S` is False, neither end a text nor are cut off.
+    """
+    ended = ((ids_S == stop_id) & written_S).nonzero() if stop_id is not None else ids_S[:0]
+    if len(ended):
+        return int(ended[0]) + 1
+    if min_entropy is None or len(ids_S) <= _LAST or int(written_S.sum()) < _LAST:
+        return None
+    return len(ids_S) - _LAST if unigram_entropy(ids_S[-_LAST:]) < min_entropy else None
 
 
 def unigram_entropy(ids_S: Tensor) -> float:
@@ -78,7 +67,8 @@ def sample(
     inner: Callable[..., Trace],
     kv_cache: bool = True,
     context: AtLeastOne | None = None,
-    ending: Ending | None = None,
+    var_length: bool = False,
+    min_entropy: Annotated[NotNegative | None, Needs("var_length")] = 4.0,
     stop_id: int | None = None,
     watch: Watcher | None = None,
     **cond: Tensor,
@@ -93,7 +83,8 @@ def sample(
             the distribution is the model's own; beyond it, that of the network with attention limited to this window in
             every layer. Rotary attention depends on distances only, so a network trained at `context` tokens meets no
             new ones.
-        ending: rule for texts of variable length, which need no evaluations after their end. None: full length.
+        var_length: texts end by themselves (`text_length`), and need no evaluations after their end.
+        min_entropy: below so many nats a text ends because it repeats itself; None: never.
         stop_id: the end token, if any.
 
     Raises:
@@ -126,8 +117,9 @@ def sample(
         padded = min(ends[row] for row in rows) < block.stop
         inside = {"attention_mask": here_BL[rows_R, block]} if padded else {}
         trace.fill(partial(inner, block_model, x_BL[rows_R, block], noise, row=row, **inside), at, here, rows_R)
-        if ending is not None:
-            _shorten(ends, ending, x_BL[:, : block.stop], masked_BL, rows, stop_id)
+        for row in rows if var_length else ():
+            texts = (x_BL[row, : block.stop], masked_BL[row, : block.stop])
+            ends[row] = min(ends[row], text_length(*texts, stop_id, min_entropy) or ends[row])
         kept = [number for number, row in enumerate(rows) if ends[row] > block.stop]
         if not kept:
             break
@@ -137,7 +129,7 @@ def sample(
             cache.keep(kept)
             model.remember(x_BL[rows_R, block], cache, **select_rows(cond, rows_R))
             trace.evaluations_B[rows_R] += 1
-    trace.length_B = None if ending is None else torch.tensor(ends, device=x_BL.device)
+    trace.length_B = torch.tensor(ends, device=x_BL.device) if var_length else None
     return trace
 
 
@@ -148,15 +140,6 @@ def _block_of(like_BL: Tensor, rows: list[int], rows_R: Tensor, block: slice) ->
     size = block.stop - block.start
     at = Positions(at_BL, [size if row in rows else 0 for row in range(len(at_BL))])
     return at, Positions.everywhere(at_BL[rows_R, block])
-
-
-def _shorten(
-    ends: list[int], ending: Ending, x_BS: Tensor, masked_BL: Tensor, rows: list[int], stop_id: int | None
-) -> None:
-    """Lower the `ends` of rows that end by the rule."""
-    for row in rows:
-        length = ending.length(x_BS[row], masked_BL[row, : x_BS.shape[1]], stop_id)
-        ends[row] = ends[row] if length is None else min(ends[row], length)
 
 
 def check_context(context: int | None, size: int) -> None:

@@ -16,7 +16,7 @@ from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 from palimpsest.samplers import ancestral, block, first_hitting
 from palimpsest.samplers.base import TokenChoice
-from palimpsest.samplers.block import Ending, unigram_entropy
+from palimpsest.samplers.block import text_length, unigram_entropy
 from tests.helpers.blocks import causal_law, likelihood_of_blocks
 from tests.helpers.laws import assert_follows, texts
 
@@ -105,8 +105,8 @@ def test_a_window_is_the_law_up_to_its_width_and_the_same_with_and_without_cache
 END = 2
 
 
-def end_of(ids: torch.Tensor, given: int = 1, ending: Ending | None = None) -> int | None:
-    return (ending or Ending()).length(ids, torch.arange(len(ids)) >= given, END)
+def end_of(ids: torch.Tensor, given: int = 1, min_entropy: float | None = 4.0) -> int | None:
+    return text_length(ids, torch.arange(len(ids)) >= given, END, min_entropy)
 
 
 def test_endings_are_the_references(fixtures_dir):
@@ -134,7 +134,7 @@ def test_endings_are_the_references(fixtures_dir):
 def test_endings_ask_for_enough_text_and_leave_out_what_was_given():
     constant = torch.full((256,), 7)
     assert end_of(constant) is None and end_of(torch.cat([constant, constant[:1]])) == 1
-    assert end_of(torch.cat([constant, constant]), ending=Ending(min_entropy=None)) is None
+    assert end_of(torch.cat([constant, constant]), min_entropy=None) is None
     prompted = torch.cat([constant, constant])
     assert end_of(prompted, given=300) is None and end_of(prompted, given=256) == 256, "what was given is not cut off"
     prompt = torch.tensor([5, END, 6, 7, END])
@@ -163,7 +163,7 @@ class Counting:
 def test_rows_end_by_themselves_and_then_cost_nothing(random_dit, kv_cache):
     net = Counting(random_dit(VOCAB))
     model, x = model_of(net, 2), blank(24, 20)
-    out = run(model, x, ending=Ending(), stop_id=END, kv_cache=kv_cache)
+    out = run(model, x, var_length=True, stop_id=END, kv_cache=kv_cache)
     full = run(model_of(random_dit(VOCAB), 2), x)
     lengths = out.length_B.tolist()
     assert len(set(lengths)) > 4
