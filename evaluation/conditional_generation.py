@@ -303,9 +303,9 @@ def _joint_sampler(
 
     def simultaneous(model: JointDenoiser, x_BL: Tensor, noise: KeyedNoise, **cond: Tensor) -> Trace:
         how = {"steps": settings.steps, "choice": settings.choice, "noise_removal": settings.noise_removal}
-        out = joint.sample(model, x_BL, noise, eta=latent_steps.eta, **how, **cond)
-        sampled_latents.append(out.latent_BKD)
-        return out.text
+        text, latent_BKD = joint.sample(model, x_BL, noise, eta=latent_steps.eta, **how, **cond)
+        sampled_latents.append(latent_BKD)
+        return text
 
     def latent_first(
         model: JointDenoiser, x_BL: Tensor, noise: KeyedNoise, watch: Watcher | None = None, **cond: Tensor

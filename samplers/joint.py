@@ -6,7 +6,6 @@ Shape suffixes: B batch, L length, N selected positions, V vocabulary, K latent 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,14 +24,6 @@ def with_guidance(sampler: Callable[..., Trace], weight: float) -> Callable[...,
     return sampler if weight == 1 else with_model(sampler, lambda model: LatentGuided(model, weight))
 
 
-@dataclass(frozen=True)
-class JointGeneration:
-    """Texts and the latents that were drawn with them, standardised, float32 (B, K, D)."""
-
-    text: Trace
-    latent_BKD: Tensor
-
-
 @sampler(Absorbing)
 def sample(
     model: JointDenoiser,
@@ -46,12 +37,15 @@ def sample(
     eps: float = 1e-5,
     watch: Watcher | None = None,
     **cond: Tensor,
-) -> JointGeneration:
+) -> tuple[Trace, Tensor]:
     """Fill the masked positions of `x_BL` and draw a latent, both on one grid of times from 1 to 0.
 
     Each of the `steps` evaluations is an ancestral step of the text (samplers/ancestral.py) and a DDIM step of the
     latent, partly ancestral if eta > 0 (samplers/gaussian.py). `noise_removal` adds one that writes the most likely
     tokens at the remaining masks. The text uses the row's own random numbers, the latent those of its part 1.
+
+    Returns:
+        the texts, and the latents that were drawn with them, standardised, float32 (B, K, D).
     """
     grid_S, latent_noise = time_grid(steps, eps, x_BL.device), generator.part(1)
     trace = Trace(x_BL, model.process, watch)
@@ -75,4 +69,4 @@ def sample(
         trace.write(rest, ids_N, log_p_N)
         trace.evaluations_B += rest.mask_BL.any(-1)
         trace.end_step()
-    return JointGeneration(trace, latent_BKD.float())
+    return trace, latent_BKD.float()

@@ -166,12 +166,12 @@ def test_guidance_of_texts_goes_from_the_marginal_to_the_latent_and_beyond():
 def test_text_and_latent_go_down_one_grid_and_end_complete():
     spied, x = Spied(model()), texts()
     x[:, 2:] = MASK
-    out = joint.sample(spied, x, noise(), steps=5, choice=TokenChoice(temperature=0.7))
+    text, latent_BKD = joint.sample(spied, x, noise(), steps=5, choice=TokenChoice(temperature=0.7))
     times = [t_B[0].item() for _, t_B, _, _ in spied.asked[:5]]
     assert times == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2], abs=1e-4)
     assert all(torch.equal(t_B, z_B) for _, t_B, z_B, _ in spied.asked[:5])
-    assert torch.equal(out.text.ids_BL[:, :2], x[:, :2]) and not (out.text.ids_BL == MASK).any()
-    assert out.latent_BKD.shape == (ROWS, *SHAPE) and out.latent_BKD.isfinite().all()
+    assert torch.equal(text.ids_BL[:, :2], x[:, :2]) and not (text.ids_BL == MASK).any()
+    assert latent_BKD.shape == (ROWS, *SHAPE) and latent_BKD.isfinite().all()
     written = torch.stack([at for _, _, _, at in spied.asked[:5]]).sum(0)  # each mask is drawn once, or left to the end
     assert (written[:, 2:] <= 1).all() and not written[:, :2].any()
 
@@ -187,9 +187,9 @@ def test_a_row_does_not_depend_on_its_batch():
         [DDPM(net, masks[i], key, latent=z[i]).ids_BL for i, key in ((slice(None), every), (some, few))],
         [gaussian.sample(net, x[i], key, steps, masked_BL=masks[i])
          for i, key in ((slice(None), noise()), (some, KeyedNoise(3, some)))],
-        [joint.sample(net, masks[i], key, steps=4, eta=1.0).latent_BKD
+        [joint.sample(net, masks[i], key, steps=4, eta=1.0)[1]
          for i, key in ((slice(None), noise()), (some, KeyedNoise(3, some)))],
-        [joint.sample(net, masks[i], key, steps=4, eta=1.0).text.ids_BL
+        [joint.sample(net, masks[i], key, steps=4, eta=1.0)[0].ids_BL
          for i, key in ((slice(None), noise()), (some, KeyedNoise(3, some)))],
         [select(net, x[i], generator=key, source=z[i], target=z.flip(0)[i],
                 **{**chosen, "eligible_BL": chosen["eligible_BL"][i]}).masked_BL
