@@ -31,7 +31,7 @@ def sample(
     """Fill the masked positions of `x_BL` from the left; its other tokens never change.
 
     Args:
-        stop_id: a row ends with the first token `stop_id` after its start; the rest of it stays masked.
+        stop_id: a row ends with the first `stop_id` that is written; the rest of it stays masked.
         kv_cache: keep keys and values of the prefix; False reads the prefix again for every token, with equal results.
 
     Raises:
@@ -50,7 +50,7 @@ def sample(
     u_BL, goes_on_B = generator.uniform(length), torch.ones_like(trace.open_BL[:, 0])
     for place in range(first, length):
         if place > first and stop_id is not None:
-            goes_on_B &= trace.ids_BL[:, place - 1] != stop_id
+            goes_on_B &= (trace.ids_BL[:, place - 1] != stop_id) | ~trace.open_BL[:, place - 1]
         at_BL = torch.zeros_like(trace.open_BL)
         at_BL[:, place] = trace.open_BL[:, place] & goes_on_B
         at, going = Positions.of_each(at_BL, goes_on_B[:, None])

@@ -66,6 +66,9 @@ class TokenChoice:
 
     def adjusted(self, log_p_NV: Tensor) -> Tensor:
         """Return the logarithm of the distribution that `draw` samples, up to a constant per row."""
+        if self.temperature == 0:
+            best_N1 = log_p_NV.argmax(-1, keepdim=True)
+            return torch.full_like(log_p_NV, -torch.inf).scatter(-1, best_N1, 0.0)
         log_p_NV = log_p_NV if self.temperature == 1 else (log_p_NV.double() / self.temperature).log_softmax(-1)
         if self.top_k is not None and self.top_k < log_p_NV.shape[-1]:
             weakest_N1 = log_p_NV.topk(self.top_k, dim=-1).values[:, -1:]
@@ -203,7 +206,8 @@ def sampler_of(step: type[Step], *processes: type[Process], independent: bool = 
     ) -> Trace:
         trace = Trace(x_BL, model.process, watch)
         chosen = {p.name: cond.pop(p.name) for p in settings if p.name in cond}
-        return run(step(model, trace, generator, **chosen), model, trace, cond)
+        steps = step(model, trace, generator, **chosen)
+        return run(steps, steps.model, trace, cond)
 
     plain = inspect.signature(sample, eval_str=True)
     model, *others = plain.parameters.values()

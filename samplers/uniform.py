@@ -19,10 +19,30 @@ from torch import Tensor
 
 from palimpsest.common.positions import Positions
 from palimpsest.common.values import COUNT, AtLeastOne, Count, Needs, whole
+from palimpsest.denoisers import Denoiser, WrappedDenoiser
 from palimpsest.process import Hybrid, Uniform
-from palimpsest.samplers.base import Request, Step, sampler_of, time_grid
+from palimpsest.samplers.base import Request, Step, TokenChoice, sampler_of, time_grid
 from palimpsest.samplers.ordered import first_positions
 from palimpsest.samplers.trace import Trace
+
+
+class Sharper(WrappedDenoiser):
+    """A denoiser whose distribution of a token, given all others, is that of a `TokenChoice`.
+
+    A step changes few tokens, so p(x_s | x_t) is mostly the token that is there: a lower temperature of that would keep
+    the initial noise. With the leave-one-out posterior, a single token has the sharper distribution exactly.
+    """
+
+    def __init__(self, inner: Denoiser, choice: TokenChoice) -> None:
+        super().__init__(inner)
+        self.choice = choice
+
+    def denoise(self, x_BL: Tensor, t_B: Tensor, at: Positions | None = None, **cond: Tensor) -> Tensor:
+        at = Positions.everywhere(x_BL >= 0) if at is None else at
+        ids_N, alpha_N = at.take(x_BL), at.of_rows(self.schedule(t_B).alpha)
+        log_p_NV = self.inner.denoise(x_BL, t_B, at, **cond)
+        others_NV = self.choice.adjusted(self.process.without_own_token(ids_N, log_p_NV, alpha_N))
+        return self.process.with_own_token(ids_N, others_NV, alpha_N)
 
 
 @dataclass(kw_only=True)
@@ -30,6 +50,7 @@ class Resample(Step):
     """Redraw every open position at each step, from pure noise to a clean text; prompt tokens never change.
 
     Args:
+        choice: applied to the prediction of each token given all others (`Sharper`).
         noise_removal: end with the most likely token at every position ("greedy tail", DUO, 2506.10892).
         corrector_steps: corrector evaluations after each step; each redraws `corrector_tokens` tokens.
         corrector: `random` chooses these tokens at random, which keeps the distribution if it is one token at a time.
@@ -47,6 +68,8 @@ class Resample(Step):
     self_correction_steps: Annotated[int, whole(0, COUNT)] = 0
 
     def __post_init__(self) -> None:
+        if self.choice != TokenChoice():
+            self.model, self.choice = Sharper(self.model, self.choice), TokenChoice()
         trace, steps = self.trace, self.steps
         self.grid = time_grid(steps, self.eps, trace.ids_BL.device)
         # The action of each step, and the index of its time in the grid.
@@ -75,7 +98,9 @@ class Resample(Step):
             score_BL = self.noise.uniform(length).masked_fill(~at.mask_BL, -torch.inf)
             count_B = at.mask_BL.sum(-1).clamp(max=self.corrector_tokens)
             counts = [min(count, self.corrector_tokens) for count in at.counts]
-            at = Positions(first_positions(score_BL, count_B), counts)
+            self.chosen_BL = first_positions(score_BL, count_B)
+            if number < self.last_draw:
+                at = Positions(self.chosen_BL, counts)
         if self.action == "self-correct":
             at = Positions(at.mask_BL & self.wrong_B[:, None])
             if not len(at):
@@ -103,7 +128,7 @@ class Resample(Step):
         log_q_NV = self.model.process.conditional(current_N, log_p_NV, self.alpha.expand(len(current_N)))
         drawn_N = self.choice.draw(log_q_NV, u_N)
         if self.corrector == "random":
-            return drawn_N
+            return torch.where(at.take(self.chosen_BL), drawn_N, current_N)
         surprise_N = -log_q_NV.gather(1, current_N[:, None]).squeeze(1)
         count_B = at.mask_BL.sum(-1).clamp(max=self.corrector_tokens)
         chosen_BL = first_positions(at.spread(surprise_N, -torch.inf), count_B)

@@ -12,15 +12,17 @@ from torch.nn.functional import one_hot
 
 from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise
+from palimpsest.denoisers import Denoiser
 from palimpsest.experiment.from_checkpoint import complete
 from palimpsest.models.checkpoints import read_checkpoint
-from palimpsest.noise_schedule import Cosine, LogLinear
+from palimpsest.noise_schedule import Cosine, FullRange, LogLinear
 from palimpsest.objectives.base import Model
 from palimpsest.objectives.mask_sampling import Bernoulli, Complementary, ExactCount, TiltedCount
 from palimpsest.objectives.mlm import Rates
 from palimpsest.objectives.udlm import UDLM
 from palimpsest.process import Uniform
 from palimpsest.samplers import uniform
+from palimpsest.samplers.base import TokenChoice
 from palimpsest.samplers.trace import Trace
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.instantiation import instantiate
@@ -256,3 +258,36 @@ def test_self_correction_puts_one_token_right_at_a_time_and_stops():
     assert (right.evaluations_B <= 1 + 3).all() and right.num_steps <= 4, "a text that is right is not looked at again"
     changed = (right.ids_BL != plain.ids_BL).sum(-1)
     assert int(changed.max()) >= 1 and (changed[agree & (plain.ids_BL[:, 0] != 1)] == 0).all()
+
+
+class _OneToken(Denoiser):
+    """The exact denoiser of texts of independent tokens, and of one token most of all."""
+
+    process, vocab_size = Uniform(4), 4
+    independent_unmasking, schedule = False, FullRange(LogLinear())
+    log_p_V = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
+
+    def denoise(self, x_BL, t_B, at=None, **cond):
+        alpha_N = at.of_rows(self.schedule(t_B).alpha)
+        return self.process.with_own_token(at.take(x_BL), self.log_p_V.expand(len(at), 4), alpha_N)
+
+
+@pytest.mark.parametrize("choice", [
+    TokenChoice(), TokenChoice(0.7), TokenChoice(nucleus_p=0.8), TokenChoice(top_k=2), TokenChoice(temperature=0),
+])  # fmt: skip
+@pytest.mark.parametrize("how", [{"noise_removal": False}, {"noise_removal": False, "corrector_steps": 1}])
+def test_a_token_follows_the_sharper_distribution_with_any_number_of_steps(choice, how):
+    model, rows = _OneToken(), 8000
+    for steps in (4, 64):
+        noise = KeyedNoise(0, torch.arange(rows))
+        found = uniform.sample(model, torch.full((rows, 1), -1), noise, steps=steps, choice=choice, **how)
+        wanted_V = choice.adjusted(model.log_p_V[None]).softmax(-1)[0]
+        share_V = found.ids_BL.flatten().bincount(minlength=4) / rows
+        assert (share_V - wanted_V).abs().max() < 4 * (wanted_V.max() * (1 - wanted_V.max()) / rows) ** 0.5 + 0.002
+
+
+def test_every_generated_token_has_a_step_after_a_corrector_of_one_token():
+    x_BL = torch.full((500, 4), -1)
+    noise = KeyedNoise(0, torch.arange(len(x_BL)))
+    found = uniform.sample(_OneToken(), x_BL, noise, steps=2, noise_removal=False, corrector_steps=1)
+    assert (found.step_BL > 0).all() and (found.confidence_BL > 0).all()
