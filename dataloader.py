@@ -442,17 +442,25 @@ def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:
     """Return `data` with an additional split of other texts, packed like the test split; nothing is stored on disk.
 
     Their class is unknown (label -1). Raises ValueError if the texts do not fit these settings, one has no tokens, or
-    the data set has prompts.
+    rows of the data are no single texts.
     """
+    if isinstance(texts, str):
+        raise ValueError(f"give a list of texts, not one text: [{texts!r:.40}]")
+    if data.wrap:
+        raise ValueError(
+            f"data={data.name} data.wrap=true cuts rows out of joined texts, which says nothing of a single one; load "
+            "the model with data.wrap=false"
+        )
     if data.prompted:
         raise ValueError(f"the texts of data={data.name} have prompts, and texts from elsewhere have none")
     other = copy(data)
     rows = from_table(text_table(texts, [-1] * len(texts)))
     rows = rows.add_column("text_id", np.arange(len(rows)))
     packed, figures = pack(rows, data.tokenizer, data.vocabulary, data.packing(split), None, split)
-    if figures["empty"]:  # with data.drop_empty=true; the answers are in the order of the texts
-        number = min(set(range(len(texts))).difference(packed["text_id"]))
-        raise ValueError(f"text {number} ({texts[number]!r:.40}) has no tokens; correct it, or leave it out")
+    if left_out := set(range(len(texts))).difference(packed["text_id"]):  # by data.drop_empty or data.long_texts=drop
+        number = min(left_out)
+        fault = "has no tokens" if figures["empty"] else f"does not fit model.length={data.length}"
+        raise ValueError(f"text {number} ({texts[number]!r:.40}) {fault}; correct it, or leave it out")
     _report(split, figures, None if data.wrap else data.length)
     other.figures, other._splits = {**data.figures, split: figures}, {**data._splits, split: packed}
     return other

@@ -246,18 +246,22 @@ class ClassifierGuided(WrappedDenoiser):
         self.log_prior_C = log_prior_C.double()
 
     def denoise(self, x_BL: Tensor, t_B: Tensor | None, at: Positions | None = None, **cond: Tensor) -> Tensor:
-        return self._guided(self.inner.denoise(x_BL, t_B, at, **cond), x_BL, at)
+        return self._guided(self.inner.denoise(x_BL, t_B, at, **cond), x_BL, at, **cond)
 
     def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at: Positions, **cond: Tensor) -> Tensor:
         if self.independent_unmasking:
             return super().reverse(x_BL, t_B, s_B, at, **cond)
-        return self._guided(self.inner.reverse(x_BL, t_B, s_B, at, **cond), x_BL, at)
+        return self._guided(self.inner.reverse(x_BL, t_B, s_B, at, **cond), x_BL, at, **cond)
 
-    def _guided(self, log_p: Tensor, x_BL: Tensor, at: Positions | None) -> Tensor:
+    def _guided(
+        self, log_p: Tensor, x_BL: Tensor, at: Positions | None, attention_mask: Tensor | None = None, **_: Tensor
+    ) -> Tensor:
         """Add the gradient of log p(class | text) with respect to each token's one-hot vector, and normalise."""
         if self.weight == 0:
             return log_p
         visible_BL = x_BL != self.process.blank_id
+        if attention_mask is not None:
+            visible_BL &= attention_mask.bool()
         log_p_CBL = self.log_p_CV[:, x_BL.clamp(min=0)] * visible_BL
         p_BC = (log_p_CBL.sum(-1).T + self.log_prior_C).softmax(-1)
         gain_BV = self.log_p_CV[self.class_id] - p_BC @ self.log_p_CV

@@ -325,7 +325,7 @@ class Diffusion(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.ema:
-            self.ema.to(self.device)
+            self.ema.to(self.device, self.backbone.parameters())
 
     def on_train_start(self) -> None:
         for config in self.trainer.lr_scheduler_configs:

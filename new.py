@@ -143,7 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for path in made:
         print(path.relative_to(ROOT))
     print(f"\nrun it:  python main.py {_command(typed.kind, typed.name)}")
-    print(f"test it: make check FILE={made[0].relative_to(ROOT)}")
+    own = next(path.relative_to(ROOT) for path in made if path.suffix == ".py")
+    print(
+        f"test it: {'python -m pytest' if own.parts[0] == 'tests' else 'make check'} {own}".replace(
+            "check ", "check FILE="
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Networks:
 
         def read() -> tuple[TextData, Diffusion]:
             data = experiment.build.data()
-            return data, experiment.weights.trained(data, str(network.path), disable_ema=False)
+            return data, experiment.weights.trained(data, str(network.path), experiment.weights.disable_ema)
 
         return experiment, *self._once("sampler", network.version, read)
 

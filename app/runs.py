@@ -56,7 +56,10 @@ class Network:
         for group in (_CAUSAL_SAMPLERS, _BLOCK_SAMPLERS):
             if first in group:
                 return list(group)
-        excluded = (first, *_CAUSAL_SAMPLERS, *_BLOCK_SAMPLERS, *_OTHER_KEYS)
+        if first == "uniform":
+            return [first]
+        unfit = ["first_hitting"] if first == "analytic" else []
+        excluded = (first, "uniform", *unfit, *_CAUSAL_SAMPLERS, *_BLOCK_SAMPLERS, *_OTHER_KEYS)
         names = [path.stem for path in sorted((CONFIGS / "sampler").glob("*.yaml"))]
         return [first, *(name for name in names if name not in excluded)]
 

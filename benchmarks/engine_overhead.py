@@ -61,7 +61,7 @@ def bare_steps(experiment: Experiment, device: torch.device) -> Iterator[None]:
     optimizer = model.build_optimizer(model.backbone)
     scheduler = model.build_lr_scheduler(optimizer)
     clip, size = experiment.cfg.trainer.gradient_clip_val, experiment.cfg.loader.global_batch_size
-    model.ema.to(device)
+    model.ema.to(device, model.backbone.parameters())
     for batch in data.train_dataloader():
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         optimizer.zero_grad()

@@ -70,6 +70,7 @@ def _remember(memory: Path, fresh: dict[str, list]) -> None:
     """Add digests to `memory`. Of two processes that do so at once one may lose its additions, which costs a hash."""
     with writing_into(memory.parent), tempfile.NamedTemporaryFile("w", dir=memory.parent, delete=False) as file:
         json.dump({**_known_digests(memory), **fresh}, file)
+    os.chmod(file.name, 0o644)  # like the entries: others may share the cache
     os.replace(file.name, memory)
 
 

@@ -541,7 +541,7 @@ def one_after_the_other(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
             if name in part.column_names:
                 values = np.asarray(part[name][:])
                 columns = columns.add_column(name, values + starts[name])
-                starts[name] += int(values.max() % _WINDOW) + 1
+                starts[name] += int((values % _WINDOW).max()) + 1
         numbered.append(columns)
     return datasets.concatenate_datasets(numbered).with_format("numpy")
 

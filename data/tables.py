@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from palimpsest.data.cache import cached_folder, content_digests, texts_fingerprint
 
 _KIND = "texts"
-_CODE_VERSION = 1  # raise it whenever a source gives other texts for the same files and settings
+_CODE_VERSION = 2  # raise it whenever a source gives other texts for the same files and settings
 _PIECE = 1 << 20  # bytes of a record batch, approximately
 _ROWS_AT_ONCE = 1000
 

@@ -183,6 +183,10 @@ def load_tokenizer(
         raise ValueError(
             f"data.vocab_size={vocab_size} applies to {_KEY}=word and bpe; with {name_or_path} leave it null"
         )
+    if folder is not None and name_or_path in (*BUILDERS, "text8"):
+        raise ValueError(
+            f"data.tokenizer_folder={folder} is for tokenizers that are files; leave it out with {_KEY}={name_or_path}"
+        )
     if name_or_path in BUILDERS:
         tokenizer = _load_built(name_or_path, texts, content, vocab_size, cache_dir)
     elif name_or_path == "text8":

@@ -18,7 +18,7 @@ from palimpsest.common.messages import listed
 from palimpsest.common.values import IF_SET, NAME, BelowOne, FilePath, Name, Positive, list_of
 from palimpsest.data.detokenizers import VERSION
 from palimpsest.data.detokenizers import detokenizer as detokenizer_named
-from palimpsest.data.files import KINDS, NUMBER, Columns, class_names, kind_of, read_files, readable_files
+from palimpsest.data.files import KINDS, NUMBER, Columns, class_names, classes, kind_of, read_files, readable_files
 from palimpsest.data.rows import (
     as_labels,
     carve,
@@ -169,9 +169,16 @@ class UserFiles:
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             whole = {split: Path(aside) / split for split in files}
             for split, some in files.items():
-                if self.label_column and names is None:
-                    names = class_names(some, self.keys[split], self.label_column)
-                    indexed = names is not None
+                if self.label_column:
+                    own = class_names(some, self.keys[split], self.label_column)
+                    renamed = self.given_names is not None and set(own or ()) != set(names)
+                    if own is not None and names is not None and own != tuple(names) and not renamed:
+                        raise ValueError(
+                            f"{self.keys[split]}: {some[0]} has the classes {classes(own)}, and the training has "
+                            f"{classes(tuple(names))}; number them alike"
+                        )
+                    indexed = indexed or (own is not None and self.given_names is None)
+                    names = own if names is None else names
                 tables = read_files(some, self.keys[split], self._columns(names, indexed))
                 check_not_empty(write(whole[split], tables), self.paths[split])
                 if self.label_column and names is None:
@@ -227,7 +234,8 @@ class UserFiles:
             texts = list(map(detokenizer_named(self._detokenizer), texts.to_pylist()))
         if names is not None:
             words = table.column(self.label_column).to_pylist()
-            labels = as_labels(list(map(int, words)) if indexed else words, names, str(self.paths["train"]))
+            own = [int(word) if indexed and NUMBER.fullmatch(word) else word for word in words]
+            labels = as_labels(own, names, str(self.paths["train"]))
         if self.prompted:
             pairs = zip(table.column(self.prompt_column).to_pylist(), texts.to_pylist(), strict=True)
             texts, ends = in_parts([[f"{prompt}\n", text] for prompt, text in pairs])

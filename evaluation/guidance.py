@@ -62,6 +62,7 @@ class Guidance:
     def _by_unigrams(self, number: int, data: TextData, diffusion: Diffusion) -> Callable[[Denoiser], Denoiser]:
         counts_CV = token_counts(data, diffusion.objective.causal, by_class=True) + 1.0
         log_p_CV = torch.from_numpy(np.log(counts_CV / counts_CV.sum(1, keepdims=True))).to(diffusion.device)
+        log_p_CV[:, torch.from_numpy(counts_CV.max(0) == 1)] = 0.0  # padding and the like say nothing of the class
         log_p_CV = log_p_CV[:, : diffusion.objective.process.vocab_size]
         prior_C = torch.full((len(counts_CV),), -math.log(len(counts_CV)), device=diffusion.device)
         return lambda model: ClassifierGuided(model, number, self.weight, log_p_CV, prior_C)

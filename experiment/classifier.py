@@ -105,9 +105,9 @@ class TrainedClassifier:
         test = SequentialTest(draws, confidence)
         estimator = self.experiment.build.estimator
         test.check(estimator)
-        data = with_texts(self.data, SPLIT, list(texts))
+        data = with_texts(self.data, SPLIT, texts)
         counts_C = np.zeros(len(self.classes))  # training texts of each class
-        if prior == "empirical":
+        if isinstance(prior, str) and prior == "empirical":
             counts_C = np.bincount(np.asarray(self.data.texts("train")["label"]), minlength=len(self.classes))
         log_prior_C = log_prior(prior, counts_C)
         scores = score_classes(self.experiment.trainer, self.models, data, SPLIT, estimator, test, seed, log_prior_C)
@@ -144,18 +144,18 @@ def read_classes(experiment: Experiment, folder: Path, conditional: bool) -> tup
     Raises:
         ValueError: the data have no classes, or a class has no model.
     """
-    data = experiment.build.data()
+    data, disable_ema = experiment.build.data(), experiment.weights.disable_ema
     check_classes(data)
     paths = [experiment.runs.model_path(label) for label in range(len(data.label_names))]
     if conditional:
-        return data, conditional_models(experiment, data, str(experiment.runs.model_path()), disable_ema=False)
+        return data, conditional_models(experiment, data, str(experiment.runs.model_path()), disable_ema)
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         raise ValueError(
             f"{folder} has no model at {', '.join(missing)}: each of the {len(paths)} classes of data={data.name} "
             "needs one; train them (python main.py mode=classify ...)"
         )
-    return data, one_per_class(experiment, list(map(str, paths)), disable_ema=False)
+    return data, one_per_class(experiment, list(map(str, paths)), disable_ema)
 
 
 def load_classifier(folder: str | Path, *typed: str) -> TrainedClassifier:

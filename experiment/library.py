@@ -137,7 +137,7 @@ class TrainedModel:
         self, texts: Sequence[str], estimator: Estimator, seed: int, draws: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return nats (M, K), tokens (M,) and evaluations (M,) of texts, windows added up."""
-        data = with_texts(self.data, _SPLIT, list(texts))
+        data = with_texts(self.data, _SPLIT, texts)
         device = next(self.diffusion.backbone.parameters()).device
         found = []
         with torch.inference_mode():
@@ -213,7 +213,7 @@ def load(path: str | Path, *typed: str) -> TrainedModel:
     tokenizer = tokenizer_from_record(record) if record is not None else None
     if tokenizer is not None and vocabulary(tokenizer).fingerprint == known.get("tokenizer"):
         data.tokenizer = tokenizer  # else it is built again from the training texts
-    diffusion = experiment.weights.trained(data, str(file), "eval.disable_ema=true" in typed)
+    diffusion = experiment.weights.trained(data, str(file), experiment.weights.disable_ema)
     return TrainedModel(str(file), experiment, data, diffusion, label, words)
 
 
@@ -279,6 +279,8 @@ def _words(settings: Mapping[str, object], above: str = "") -> Iterator[str]:
 def _with_row(data: TextData, length: int) -> TextData:
     """Return `data` whose training rows lend a length, and nothing else."""
     known, other = data.vocabulary, copy(data)
+    if not 2 <= length <= data.length:
+        raise ValueError(f"length={length} must lie in 2..{data.length}, the tokens of the model's rows")
     row = [known.pad_id] * length
     if not data.wrap:
         first, last = (known.pad_id if own is None else own for own in (known.bos_id, known.eos_id))

@@ -132,6 +132,7 @@ def _network(checkpoint: Checkpoint, path: str, vocab_size: int) -> nn.Module:
     if not is_network and name != module.rpartition(".")[2]:  # a file may name anything, so allow nothing else
         raise ValueError(f"{KEY}={path} names {module}.{name}, which is no network; use another checkpoint")
     if not is_network:  # hf_dit, hf_causal: networks that a file describes
+        settings = {key: value for key, value in settings.items() if not str(value).startswith("{")}  # its config.json
         settings |= {"checkpoint_path": path, "resumed": None, "from_pretrained": None}
     if "class_embed.embedding" in checkpoint.state:
         settings["num_classes"] = len(checkpoint.state["class_embed.embedding"])

@@ -46,8 +46,9 @@ class EMA:
         self.num_updates = 0
         _copy(self._matched(parameters), self.shadow_params)
 
-    def to(self, device: torch.device) -> None:
-        self.shadow_params = [s.to(device) for s in self.shadow_params]
+    def to(self, device: torch.device, parameters: Iterable[nn.Parameter]) -> None:
+        """Move the averages to a device, in the precision of the parameters."""
+        self.shadow_params = [s.to(device, p.dtype) for s, p in zip(self.shadow_params, self._matched(parameters))]
 
     def shard(self, parameters: Iterable[nn.Parameter]) -> None:
         """Shard the averages over devices as the parameters are (models/sharding.py)."""
@@ -67,6 +68,7 @@ class EMA:
                 f"the checkpoint's EMA holds {len(theirs)} tensors that do not fit the model's {len(ours)} parameters"
             )
         self.num_updates = int(state["num_updates"])
+        self.shadow_params = [s.to(t.dtype) for s, t in zip(self.shadow_params, loaded)]
         _copy([sharded_like(t, s) for t, s in zip(loaded, self.shadow_params)], self.shadow_params)
 
     def _matched(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

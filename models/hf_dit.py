@@ -25,6 +25,7 @@ def hf_dit(
     dropout: BelowOne | None = None,
     mask_padding: bool | None = None,
     attn_backend: Annotated[Literal["sdpa", "flash_attn", "flex"], FREE] = "sdpa",
+    num_classes: int = 0,
 ) -> DiT:
     """Build a DiT with random weights and the sizes of a Hub-layout directory, a model on the Hub or a `.ckpt` of our
     own.
@@ -50,13 +51,16 @@ def hf_dit(
              "model.n_heads": n_heads, "time_conditioning": time_conditioning, "model.dropout": dropout,
              "model.mask_padding": mask_padding}  # fmt: skip
     _refuse_contradictions(known, typed, vocab_size, length, f"{key}={files[key]}")
-    return build({**known, **{name: value for name, value in typed.items() if value is not None}}, attn_backend)
+    return build(
+        {**known, **{name: value for name, value in typed.items() if value is not None}}, attn_backend, num_classes
+    )
 
 
-def build(settings: Mapping[str, object], attn_backend: str = "sdpa") -> DiT:
+def build(settings: Mapping[str, object], attn_backend: str = "sdpa", num_classes: int = 0) -> DiT:
     """Build the network that `Checkpoint.settings` describes, with random weights."""
     known = {name.removeprefix("model."): settings[name] for name in ("vocab_size", *_SIZES, "model.dropout")}
-    return DiT(**known, mask_padding=settings.get("model.mask_padding", True), attn_backend=attn_backend)
+    mask_padding = settings.get("model.mask_padding", True)
+    return DiT(**known, mask_padding=mask_padding, attn_backend=attn_backend, num_classes=num_classes)
 
 
 def _described(checkpoint: Checkpoint, key: str) -> dict[str, object]:

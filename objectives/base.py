@@ -247,6 +247,11 @@ class TokenDiffusion(Objective):
 
     def _check_mask_sampler(self) -> None:
         label = self.mask_sampler.label
+        if self.loss_weight == "uniform" and self.mask_sampler.corrects_density:
+            raise ValueError(
+                "training.time_density=bell_corrected keeps the bound, and training.loss_weight=uniform gives it up; "
+                "use training.time_density=bell, or training.loss_weight=elbo"
+            )
         if self.mask_sampler.always_masks and not self.zero_loss_on_clean_text:
             raise ValueError(
                 f"masks by {label} do not fit {type(self).__name__}, whose bound counts texts without a corrupted "

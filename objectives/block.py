@@ -152,6 +152,11 @@ class BlockDiffusion(WrapperObjective):
                 f"training.sampling_eps_min={low} training.sampling_eps_max={high} with block_size=1: the only token "
                 "of a block is always masked; leave them out"
             )
+        if (low, high) != WHOLE and isinstance(self._schedule, Clipped):
+            raise ValueError(
+                f"training.sampling_eps_min={low} training.sampling_eps_max={high} and noise=clipped both limit the "
+                "mask rates; leave one of them out"
+            )
         self.sampling_eps = (low, high)
         self.inner.schedule = self._schedule if (low, high) == WHOLE else Clipped(self._schedule.unclipped, low, high)
 

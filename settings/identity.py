@@ -131,6 +131,8 @@ def overrides(known: Mapping[str, object]) -> list[str]:
         }
         new = {**{key: known[key] for key in _different(known, ours)}, **unset}
         new = {key: value for key, value in new.items() if key.startswith(first) and not key.startswith(_OF_TRAINING)}
+        if first is _FIRST:  # sources refer to data.path and the like
+            new = {key: value for key, value in new.items() if not key.startswith("data.source.")}
         for key, value in new.items():
             if not _is_setting(key, cfg, value is None):
                 raise _unknown(key, value)

@@ -6,8 +6,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 import palimpsest
+from palimpsest.scripts import generate
 from tests.helpers.commands import FEW, TINY, run, trained
 
 RUN = [*TINY, *FEW, "trainer.max_steps=4", "data.cache_dir=cache"]
@@ -124,4 +126,33 @@ def test_what_does_not_fit_is_refused(folder, model, monkeypatch):
         palimpsest.load("run/label=7")
     with pytest.raises(ValueError, match="longer than model.length"):
         model.log_likelihood(["word " * 500])
+    with pytest.raises(ValueError, match=r"give a list of texts, not one text: \['The film"):
+        model.log_likelihood("The film is dull .")
+    with pytest.raises(ValueError, match=r"text 1 .*does not fit model.length=72; correct it, or leave it out"):
+        palimpsest.load("run/label=1", "data.long_texts=drop").log_likelihood(["x", "The film is dull . " * 50])
+    with pytest.raises(ValueError, match="data.wrap=true cuts rows .* load the model with data.wrap=false"):
+        palimpsest.load("run/label=1", "data.wrap=true").log_likelihood(TEXTS)
+    for length in (1, 1000):
+        with pytest.raises(ValueError, match=f"length={length} must lie in 2..72"):
+            model.sample(length=length)
     assert math.isfinite(model.log_likelihood(TEXTS, draws=1).log_p.sum())
+
+
+def test_the_average_may_be_left_out_in_either_spelling(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+    def weights(*typed: str) -> torch.Tensor:
+        network = palimpsest.load("run/label=1", *typed).diffusion.backbone
+        return torch.cat([p.flatten() for p in network.parameters()])
+
+    raw = weights("eval.disable_ema=true")
+    assert torch.equal(raw, weights("eval.disable_ema=True")) and not torch.equal(raw, weights())
+
+
+def test_a_model_of_ones_own_file_can_be_sampled_from_by_the_script(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("".join(f"a note about the number {i}\n" for i in range(60)))
+    own = ["data=text", "data.path=notes.txt", "data.wrap=false", "data.tokenizer_name_or_path=char", "model.length=32"]
+    trained(*TINY, *own, "checkpointing.save_dir=own", "data.max_train_texts=null", "data.max_valid_texts=null")
+    generate.generate(["--checkpoint", "own", "--steps", "2"])
+    assert capsys.readouterr().out.strip()

@@ -362,6 +362,21 @@ def test_parquet_files_tell_the_names_of_their_classes(tmp_path):
         UserFiles(str(tmp_path / "b.parquet"), **shares).load("train")
 
 
+def test_splits_that_number_their_classes_differently_are_refused(tmp_path):
+    with_classes(tmp_path / "train.parquet", ["bad", "fair", "good"], [0, 1, 2] * 10)
+    with_classes(tmp_path / "test.parquet", ["fair", "good"], [0, 1])
+    (tmp_path / "test.csv").write_text("text,label\nt0,good\nt1,bad\n")
+    shares = {"validation_share": 0.1, "label_column": "label", "label_names": None}
+    train = str(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="test.parquet has the classes 0 .fair.*and the training has 0 .bad.*alike"):
+        UserFiles(train, test_path=str(tmp_path / "test.parquet"), **shares).load("test")
+    with pytest.raises(ValueError, match="number them alike"):
+        names = {**shares, "label_names": ["good", "fair", "bad"]}
+        UserFiles(train, test_path=train, **names).load("train")
+    words = UserFiles(train, test_path=str(tmp_path / "test.csv"), **shares)
+    assert words.load("test")["label"] == [2, 0], "words beside numbers"
+
+
 # -------------------------------------------------------------------------------- messages
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -94,3 +95,12 @@ def test_what_does_not_go_together_is_refused(paths, weights, settings, message)
         mixture(None, None)
     with pytest.raises(FileNotFoundError, match=r"data\.paths\.b=.*no such file"):
         mixture(paths | {"b": "nothing.txt"}, {"a": 1, "b": 1}).load("train")
+
+
+def test_windows_of_a_mixture_have_numbers_of_their_own(paths):
+    """The text with the most windows is not the last one."""
+    rows = [json.dumps({"text": "c" * (90 if i == 3 else 9)}) for i in range(20)]
+    Path(paths["b"]).write_text("\n".join(rows))
+    data = data_of(paths, {"a": 1, "b": 1}, long_texts="windows")
+    ids = np.asarray(data.split("train")["sample_id"])
+    assert len(set(ids.tolist())) == len(ids)

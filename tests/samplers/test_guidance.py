@@ -126,6 +126,10 @@ def test_a_classifier_of_single_tokens_tilts_by_its_gradient():
     torch.testing.assert_close(model.denoise(x_BL, None, Positions(at_BL)), wanted_NV)
     off = ClassifierGuided(Masks(), 1, 0.0, log_p_CV, log_prior_C)
     assert torch.equal(off.denoise(x_BL, None, Positions(at_BL)), plain_NV)
+    here, even_NV = Positions(torch.tensor([[True, False]])), torch.zeros(1, V + 1)
+    beside = model._guided(even_NV, torch.tensor([[MASK, 1]]), here, attention_mask=torch.tensor([[1, 0]]))
+    alone = model._guided(even_NV, torch.tensor([[MASK, MASK]]), here)
+    torch.testing.assert_close(beside, alone, msg="padding says nothing of the class")
     whole_BLV = ClassifierGuided(Words(), 1, 2.0, log_p_CV[:, :V], log_prior_C).reverse(
         torch.tensor([[0, 1]]),
         torch.tensor([0.7]).double(),

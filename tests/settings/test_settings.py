@@ -346,6 +346,17 @@ def test_settings_that_would_mean_something_else_are_refused(line, said):
     assert said in refusal(compose_config(line.split()), *translate(line.split()))
 
 
+def test_two_limits_of_mask_rates_and_a_correction_without_a_bound_are_refused():
+    for line, said in [
+        ("algo=bd3lm block_size=4 noise=clipped training.sampling_eps_min=0.2", "noise=clipped both limit the mask rates"),
+        ("training.time_density=bell_corrected training.loss_weight=uniform", "use training.time_density=bell, or training.loss_weight=elbo"),
+        ("data.tokenizer_folder=x", "data.tokenizer_folder=x is for tokenizers that are files"),
+    ]:  # fmt: skip
+        with pytest.raises((ValueError, HydraException), match=said):
+            experiment = running.checked(compose_config(translate(line.split())), "test")
+            _ = experiment.build.data().tokenizer
+
+
 _EDITING = "algo=mmldlm backbone=mmdit latents=lsa mode=sample_eval sampling.direction=edit"
 
 
