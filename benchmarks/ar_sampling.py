@@ -6,8 +6,6 @@ far, as in the reference implementations. Both alternate in one process on the s
     python benchmarks/ar_sampling.py                   # hidden 256, 6 blocks, 4 heads, L 256, V 50258, batch 4
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -9,8 +9,6 @@ alone. Sampling is timed for blocks at five positions of the text and interpolat
     python benchmarks/block_attention.py sample        # the same network, L 1024, batch 4, first hitting
 """
 
-from __future__ import annotations
-
 import time
 from functools import partial
 

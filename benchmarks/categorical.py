@@ -9,8 +9,6 @@ Measured on a Zipf distribution over 50,257 tokens: the number of unmasked posit
     python benchmarks/categorical.py                   # until 150 positions should have gone, at 128 and 1000 steps
 """
 
-from __future__ import annotations
-
 import torch
 from scipy.optimize import minimize_scalar
 

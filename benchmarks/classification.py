@@ -8,8 +8,6 @@ many draws, and its error is over texts.
         experiment=imdb_likelihood_cpu          # any configuration of mode=classify, its models trained before
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

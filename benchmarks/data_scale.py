@@ -12,8 +12,6 @@ which the kernel takes back when memory is short. Pages that several processes s
 Writes OUTPUT.json and OUTPUT.svg, and prints a Markdown table. The disk needs four times the size of the corpus.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

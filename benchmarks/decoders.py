@@ -8,8 +8,6 @@ sampling.prefix, if set). Sampled texts are kept below --output for another scor
     DATA_DIR=/path/to/data python benchmarks/decoders.py --checkpoint last.ckpt --scorer gpt2 data=wikitext2 model=tiny
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -9,8 +9,6 @@ stretches only the wall time.
     python benchmarks/engine_overhead.py --steps 200 model.hidden_size=64 trainer.log_every_n_steps=1
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import tempfile

@@ -6,8 +6,6 @@ benchmarks/objectives.py. Two sharper likelihoods of the same weights are also m
     DATA_DIR=/path/to/data python benchmarks/estimators.py --checkpoint outputs/objectives/mdlm/checkpoints/last.ckpt
 """
 
-from __future__ import annotations
-
 import time
 
 import torch

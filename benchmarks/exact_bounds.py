@@ -8,8 +8,6 @@ so their deviations are not independent.
     python benchmarks/exact_bounds.py                  # 64 texts, 64 network evaluations each
 """
 
-from __future__ import annotations
-
 import time
 
 import numpy as np

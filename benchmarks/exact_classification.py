@@ -16,8 +16,6 @@ text. No posterior from the same draws can be much better.
 Shape suffixes: M texts, C classes, K draws, L length, S states, G log-odds.
 """
 
-from __future__ import annotations
-
 import json
 from itertools import pairwise
 from pathlib import Path

@@ -6,8 +6,6 @@ and whether a text is possible. Errors are binomial.
     python benchmarks/exact_guidance.py --plot guidance.png      # 1,000 texts each, about 15 minutes on one core
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from functools import partial

@@ -7,8 +7,6 @@ possible if the grammar of the embedded corpus can generate it. Rows have the co
     python benchmarks/exact_sampling.py --only uniform --plot possible.png
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from functools import partial

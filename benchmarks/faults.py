@@ -13,8 +13,6 @@ disks: a small tmpfs that is full for a while, for good, or too small for all fi
 One process imports torch and forks every training. The last line is JSON; the exit status is 1 after any failure.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -13,8 +13,6 @@ prints a Markdown table of the cells in OUTPUT with these --data, --steps, --pre
 OUTPUT.svg. Its 95 % intervals contain the spread over test texts and over seeds.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -8,8 +8,6 @@ check ends the run. Then each measurement runs in a process of its own, so that 
     python benchmarks/gpu.py --output /tmp/small --small        # seconds, on any machine: it shows that nothing broke
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import platform

@@ -6,8 +6,6 @@ is the process's resident memory minus that before the network was built.
     python benchmarks/gradient_checkpointing.py        # hidden 256, 8 blocks, 4 heads, L 512, V 2048, batch 8, fp32
 """
 
-from __future__ import annotations
-
 import torch
 
 from palimpsest.benchmarks.shared import in_own_processes, new_parser, peak_mib, ratios, report, spread, training_steps

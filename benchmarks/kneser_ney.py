@@ -1,7 +1,5 @@
 """An n-gram model with interpolated Kneser-Ney smoothing: a scorer of texts without a causal network."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 

@@ -5,8 +5,6 @@ Each row is a training run of main.py (an interrupted one resumes), measured by 
     DATA_DIR=/path/to/data python benchmarks/objectives.py --output outputs/objectives     # hours on one CPU core
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from palimpsest.benchmarks.shared import new_parser, report, trained

@@ -7,8 +7,6 @@ are of pairs. The trunk alone, once per step, is the minimum for any sampler tha
     python benchmarks/sampling.py                      # hidden 256, 6 blocks, 4 heads, L 256, V 50258, batch 4
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from functools import partial

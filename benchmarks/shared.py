@@ -1,7 +1,5 @@
 """Shared parts of the benchmarks: command line, measurements in turns, timed training steps, trainings by main.py."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing

@@ -10,8 +10,6 @@ job, the comparison, and one line of JSON. The exit status is 1 if the job was n
 It needs sbatch and CPUs only. The limit must allow for the start of Python, and SLURM warns up to a minute early.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

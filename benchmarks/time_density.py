@@ -7,8 +7,6 @@ Every training prints one JSON. The table says after how many steps a way reache
     python benchmarks/time_density.py --table benchmarks/results/x.jsonl
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import time

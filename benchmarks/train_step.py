@@ -7,8 +7,6 @@ are of pairs.
     python benchmarks/train_step.py                    # hidden 256, 6 blocks, 4 heads, L 256, V 50258, batch 8, fp32
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -3,8 +3,6 @@
 Shape suffixes: M texts, R rows of the split, L length, C classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

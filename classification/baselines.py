@@ -3,8 +3,6 @@
 Shape suffixes: M texts, C classes, F features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 

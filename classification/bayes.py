@@ -3,8 +3,6 @@
 Shape suffixes: M texts, C classes, K draws; N log-odds of all texts and classes, G grid points, Q nodes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -6,8 +6,6 @@ results are no longer Bayes' rule and are reported separately. Nothing is fitted
 Shape suffixes: M texts, C classes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -3,8 +3,6 @@
 Shape suffixes: M texts, C classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 Shape suffixes: R rows of a split, M texts, K latent tokens, D numbers of each, C classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ Shape suffixes: M texts, C classes, B bins of the confidence, R resamples, N cel
 for areas under the ROC curve P positive and N negative texts.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Shape suffixes: B batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ ranked by how far they are from typical likelihoods, in both directions (Nalisni
 Shape suffixes: M texts.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

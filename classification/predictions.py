@@ -7,8 +7,6 @@ of which is common to the classes). posterior_k is averaged over the Monte Carlo
 Shape suffixes: M texts, C classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Shape suffixes: M texts, C classes, K draws, P network passes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -3,8 +3,6 @@
 Shape suffixes: B rows of a batch, M texts, C classes, K draws, P network passes, R rows.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -20,8 +20,6 @@ probabilities of all rivals add up (Bonferroni's bound).
 Shape suffixes: M texts, C classes, K draws, G members of the mixture.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student_t

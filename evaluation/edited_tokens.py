@@ -4,8 +4,6 @@ latent explains worst.
 Shape suffixes: B batch, L length, R rows at once, N selected positions, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

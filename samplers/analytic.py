@@ -6,8 +6,6 @@ plain ancestral sampling. It draws exactly from the distribution of the chain of
 Shape suffixes: B batch, L length, R rows evaluated, N masked positions, V vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -10,8 +10,6 @@ projects those positions only, and rows without any need no evaluation.
 Shape suffixes: B batch, L length, R rows evaluated, N positions drawn, S times of a grid.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -3,8 +3,6 @@
 Shape suffixes: B batch, L length, R rows evaluated, N positions drawn, V vocabulary.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

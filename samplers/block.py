@@ -8,8 +8,6 @@ samplers/segments.py, without window and ending.
 Shape suffixes: B batch, L length, R rows still being written, k tokens of a block, S tokens so far.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated

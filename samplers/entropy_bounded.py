@@ -7,8 +7,6 @@ prediction. gamma bounds the dependence that a step neglects.
 Shape suffixes: B batch, L length, N masked positions, V vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

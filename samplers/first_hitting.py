@@ -7,8 +7,6 @@ evaluations as masks.
 Shape suffixes: B batch, L length, R rows evaluated, N positions drawn.
 """
 
-from __future__ import annotations
-
 import torch
 
 from palimpsest.process import Absorbing

@@ -3,8 +3,6 @@
 Shape suffixes: B batch, L length, K latent tokens, D numbers of each, S times of a grid.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

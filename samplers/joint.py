@@ -3,8 +3,6 @@
 Shape suffixes: B batch, L length, N selected positions, V vocabulary, K latent tokens, D numbers of each, S times.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

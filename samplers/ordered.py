@@ -6,8 +6,6 @@ Turok et al., arXiv 2603.01367).
 Shape suffixes: B batch, L length, N masked positions, V vocabulary.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal

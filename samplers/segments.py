@@ -6,8 +6,6 @@ is exact within a segment (first hitting), and approximate on a grid of times.
 Shape suffixes: B batch, L length, S segments, W tokens of the longest row of a segment.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -6,8 +6,6 @@ before the window are not seen.
 Shape suffixes: B batch, L length of the window, W length of the text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated

@@ -9,8 +9,6 @@ posterior (arXiv 2605.22765).
 Shape suffixes: B batch, L length, N positions drawn, V vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal
 

@@ -12,8 +12,6 @@
 Shape suffixes: B batch, L length, N positions predicted, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal

@@ -4,8 +4,6 @@ python main.py compare outputs/reviews/*            # or: palimpsest compare ...
 python main.py compare --out comparison run-a run-b # differences are to the first
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 from collections.abc import Sequence

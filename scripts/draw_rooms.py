@@ -5,8 +5,6 @@
 Each room is above the rooms that it imports from. A line that follows from others is left out.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 from collections.abc import Mapping

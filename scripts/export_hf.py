@@ -8,8 +8,6 @@
 The exported code is ours: models/modeling_mdlm.py and what it imports, with relative imports.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -9,8 +9,6 @@ It completes `python main.py mode=sample_eval eval.checkpoint_path=...`, which i
 option are typed as there: key=value.
 """
 
-from __future__ import annotations
-
 import argparse
 import runpy
 import shlex

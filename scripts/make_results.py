@@ -6,8 +6,6 @@
 Every figure stands once, in the table, beside the file that it was measured into.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

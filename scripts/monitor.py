@@ -10,8 +10,6 @@ A training is dead if its run.json says that it runs but its process does not ex
 container, it is dead if run.json is older than both `--silent` seconds and 20 steps.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

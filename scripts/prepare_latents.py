@@ -16,8 +16,6 @@ among --texts texts (latents=synthetic: the accuracy of a linear map for each at
 is less than 0.9 (0.99).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging
