@@ -8,8 +8,6 @@
 What is named here is imported when it is first used: `import palimpsest` itself is quick.
 """
 
-from __future__ import annotations
-
 import importlib
 
 __version__ = "0.1.0"

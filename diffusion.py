@@ -3,8 +3,6 @@
 Shape suffixes: B batch, L length.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext

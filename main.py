@@ -3,8 +3,6 @@
 The Hydra entry. Modules are imported when they are needed, so that `--help` answers at once.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import sys

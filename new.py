@@ -4,8 +4,6 @@ An objective and a sampler begin as the worked examples of CONTRIBUTING.md under
 package installed: `python new.py ...`.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

@@ -6,8 +6,6 @@ A sealed file carries the SHA-256 of its content inside itself, so that no inter
 checkpoint is a zip archive, and its digest is the archive's comment, which every reader of zip archives skips.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import io

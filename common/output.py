@@ -1,7 +1,5 @@
 """Output streams whose failure (a full disk, a closed terminal) does not end a run."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

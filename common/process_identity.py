@@ -1,7 +1,5 @@
 """Identification of a running process beyond its number, which other containers and later processes may share."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

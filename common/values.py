@@ -4,8 +4,6 @@ Most settings have a plain type: bool, int, float, str, `Literal`, `X | None`, a
 describes the others. `setting_of` reads a type; `hints` reads a signature.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import sys

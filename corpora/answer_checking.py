@@ -1,7 +1,5 @@
 """Checking the answers in completed texts. A data set names its checker with data.judge; corpora/gsm8k.py has one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol

@@ -6,8 +6,6 @@ process).model(ExactDenoiser(...))`. `denoise` gives the same answer in float64.
 Shape suffixes: B batch, L length, N selected positions, V vocabulary, S states, A arcs, n longest text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ Calculator annotations `<<expression=result>>` and the final answer are parsed, 
 numbers; the operations of a solution are its plan.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from fractions import Fraction

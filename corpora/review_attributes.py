@@ -7,8 +7,6 @@ parsed without error, and of generated texts all that is well-formed.
 Shape suffixes: N texts, A attributes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 

@@ -12,8 +12,6 @@ determines where its clauses begin, and only the words remain to be learned.
 Swapping the two polarities maps one class onto the other word for word, so lengths say nothing about the class.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache

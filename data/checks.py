@@ -1,7 +1,5 @@
 """Checks of data settings that contradict one another or do not apply to the chosen texts."""
 
-from __future__ import annotations
-
 
 def check_settings(data: object) -> None:
     """Refuse contradictory settings of `data`, a TextData, before anything is read.

@@ -6,8 +6,6 @@ therefore see the same texts and the same wrong labels.
 Shape suffixes: M texts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import datasets

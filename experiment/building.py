@@ -1,7 +1,5 @@
 """Builder of what a configuration names: data, networks, objectives, samplers, estimators, trainers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property

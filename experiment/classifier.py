@@ -3,8 +3,6 @@
 Shape suffixes: M texts, C classes, L tokens of a text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checks of sampling.direction, the direction of conditional generation, against the other settings."""
 
-from __future__ import annotations
-
 import logging
 
 from omegaconf import DictConfig, OmegaConf

@@ -1,7 +1,5 @@
 """Checks that the chosen parts fit together, by what they declare; they run before data are read."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 

@@ -5,8 +5,6 @@ reference projects and from the Hub's layout. Only numbers, switches and the cho
 file may come from anyone.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

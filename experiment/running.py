@@ -1,7 +1,5 @@
 """Run one command: check the settings, build the experiment, run the task of its mode."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Folders of trainings: their paths, the checkpoint to resume from, and whether a training is complete."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Loading of checkpoints into models, and the initial weights of a training."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from typing import Annotated

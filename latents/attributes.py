@@ -3,8 +3,6 @@
 Shape suffixes: N rows, A attributes, W numbers of a vector: one for each value of each attribute.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from typing import Annotated

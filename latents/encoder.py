@@ -1,7 +1,5 @@
 """The interface of encoders, which make vectors of texts, with the defaults of those that have nothing to fit."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 

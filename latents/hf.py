@@ -3,8 +3,6 @@
 Shape suffixes: B rows at once, N rows, L encoder tokens, W numbers of a vector.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import logging

@@ -3,8 +3,6 @@
 Shape suffixes: B rows at once, N rows, L length, W width of the hidden states.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ directions of largest weight in the train split (Deerwester et al., JASIS 1990).
 Shape suffixes: N rows, V vocabulary, D numbers of a vector.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -5,8 +5,6 @@ only; the next one makes the others, and those that have changed since. The grou
 on the shard alone, so that any number of processes and interruptions gives the same bytes.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

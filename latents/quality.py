@@ -4,8 +4,6 @@ attributes.
 Shape suffixes: N texts, K latent tokens, D numbers of each, A attributes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

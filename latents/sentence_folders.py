@@ -3,8 +3,6 @@
 Only `modules.json` and the configurations that it names are read; code of a folder is never run.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -9,8 +9,6 @@ A row of the data gets the vector of the line in its split with the same text.
 Shape suffixes: N rows, W numbers of a vector, K latent tokens, D numbers of each.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import zipfile

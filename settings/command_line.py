@@ -1,7 +1,5 @@
 """The command line: translates the references' spellings and explains mistakes in one message."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import os

@@ -4,8 +4,6 @@ Once the components are imported, `common/values.py` reads their types instead. 
 because an alias that contains it is not resolved here.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Collection, Iterator

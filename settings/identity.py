@@ -3,8 +3,6 @@
 Also the command line that rebuilds the identity stored in a checkpoint.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Build objects from configurations as hydra's `instantiate` does, but only those that this project allows."""
 
-from __future__ import annotations
-
 import inspect
 from typing import get_type_hints
 

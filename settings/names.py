@@ -1,7 +1,5 @@
 """Import paths of components: the current path, and the stable one that fingerprints keep when a module moves."""
 
-from __future__ import annotations
-
 PACKAGE = "palimpsest."
 # Moved modules: the path that runs, checkpoints and users' files know -> the current path.
 MOVED = {

@@ -4,8 +4,6 @@ Readers are the arguments of components that the configuration names with `_targ
 builds from keys (settings/wiring.py). The types of the arguments define their values (common/values.py).
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import sys

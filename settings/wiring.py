@@ -3,8 +3,6 @@
 All other objects are named by a `_target_` in configs/, next to their arguments.
 """
 
-from __future__ import annotations
-
 _TEXTS = ("tokenizer_name_or_path", "tokenizer_folder", "vocab_size", "mask_token", "name", "train", "valid",
           "streaming", "document_mask", "random_crop", "wrap", "insert_train_special", "insert_valid_special",
           "insert_train_eos", "insert_valid_eos", "score_special", "fill", "segments", "segment_room", "long_texts",

@@ -1,7 +1,5 @@
 """Loggers that survive a full disk, and the identity of a run at Weights & Biases."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

@@ -5,8 +5,6 @@ curve. `constant` and `cosine_to_zero` are those of transformers. In the others 
 1 / num_warmup_steps, not 0, and that of the last is min_ratio.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Devices of a run, and their batch sizes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """Optimizers: each builder takes the backbone and returns one torch optimizer."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated

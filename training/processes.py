@@ -3,8 +3,6 @@
 Processes are launched by Lightning (one command on one machine), by torchrun or by srun.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

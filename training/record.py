@@ -8,8 +8,6 @@ functions of (seed, position in the stream). Only dropout draws from the global 
 step, micro-batch, device) before each micro-batch. So the same file serves every rank.
 """
 
-from __future__ import annotations
-
 import logging
 import platform
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The checkpoint that a training resumes from: the latest that is intact."""
 
-from __future__ import annotations
-
 import errno
 import logging
 from functools import lru_cache

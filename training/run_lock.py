@@ -4,8 +4,6 @@ The lock is the kernel's (fcntl): it ends with its process, and forked processes
 holder, for the message to the others. Measurements, sampling and monitors do not need the lock.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import logging

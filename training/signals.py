@@ -10,8 +10,6 @@
 SIGUSR2 is like SIGUSR1 if a handler for it exists (that of submitit), which is called after the save.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """SLURM and torchrun: requeueing of a job, and a check of the number of processes."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Writing of checkpoint files: atomic, and without ending the training if the disk is full."""
 
-from __future__ import annotations
-
 import errno
 import io
 import logging

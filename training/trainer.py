@@ -1,7 +1,5 @@
 """The Lightning trainer of a run, with Palimpsest's saving, logging and signal handling."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

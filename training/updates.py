@@ -8,8 +8,6 @@ would not, because of weight decay and the decay of the moments. There are two w
                         update, which costs nothing on a CPU and one wait per step on a GPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

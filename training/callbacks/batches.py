@@ -1,7 +1,5 @@
 """The size of an optimizer step: printed when it changes, kept when a run resumes with other micro-batches."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from lightning import LightningModule, Trainer

@@ -1,7 +1,5 @@
 """Callbacks that save the last and the best weights, and that end a training without improvement."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """The share of the gradient that each term of a joint loss contributes."""
 
-from __future__ import annotations
-
 import logging
 
 import torch

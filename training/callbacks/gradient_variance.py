@@ -1,7 +1,5 @@
 """The noise of the gradient that the random times and masks cause."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 
 import torch

@@ -3,8 +3,6 @@
 training/updates.py skips the update itself.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import statistics

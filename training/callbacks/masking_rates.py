@@ -1,7 +1,5 @@
 """The cross-entropy of masked tokens at fixed mask rates, at every validation."""
 
-from __future__ import annotations
-
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback

@@ -1,7 +1,5 @@
 """A factor on top of the learning-rate schedule that falls when validation stops improving."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 On a terminal it is a live rich bar; in a log file (SLURM) it is one plain line every 15 seconds.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from functools import lru_cache

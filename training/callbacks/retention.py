@@ -4,8 +4,6 @@ The latest few checkpoints are step-00000500.ckpt and so on; last.ckpt is anothe
 milestone-00010000.ckpt and best.ckpt are names of their own, which nothing here removes.
 """
 
-from __future__ import annotations
-
 import logging
 
 from palimpsest.common.files import PARTIAL, PathOrUrl, basename, join_path, link_or_copy, newest_first, remove

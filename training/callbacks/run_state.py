@@ -16,8 +16,6 @@ One JSON object, replaced atomically. Times are seconds since 1970.
   checkpoint  {step, time} of the latest that was written
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
