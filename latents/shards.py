@@ -306,6 +306,12 @@ class Shards:
                 f"{KEY}={self.path} was made by {name}, which cannot be run again from there, so that "
                 "further texts have no latents; use latents=lsa, hf or self for that"
             )
+        vocabulary = self.description.get("vocabulary", self._vocabulary.fingerprint)  # older folders do not say
+        if name == "lsa" and vocabulary != self._vocabulary.fingerprint:
+            raise ValueError(
+                f"{KEY}={self.path} was made by counting other tokens ({self.description['tokenizer']}), "
+                "so further texts have no latents; give data.tokenizer_name_or_path that tokenizer, or set latents=lsa"
+            )
         encoder = kinds[name](**settings)
         encoder.check(self._vocabulary, self._length)
         if (self.path / FITTED).is_file():

@@ -102,7 +102,8 @@ def prepare(typed: argparse.Namespace, overrides: list[str]) -> dict[str, object
             _write_in_processes(typed, overrides)
         left_out = sum(data.figures[split]["cut"] for split in work.texts)
         tokenizer = data.settings.tokenizer_name_or_path
-        return work.finish({"length": data.length, "tokenizer": tokenizer, "tokens_left_out": left_out,
+        return work.finish({"length": data.length, "tokenizer": tokenizer,
+                            "vocabulary": data.vocabulary.fingerprint, "tokens_left_out": left_out,
                             "identity": fingerprint(data.latents.settings)})  # fmt: skip
     return json.loads((typed.out / "metadata.json").read_text())
 

@@ -440,7 +440,10 @@ def explain(error: BaseException, words: Sequence[str] | None = None) -> str:
                 f"two pairs of quotes: {key}='\"{value}\"'"
             )
         chain = chain.__cause__
-    return str(error)
+    said = str(error)
+    if said.startswith("Caught ") and "Original Traceback" in said:  # in a process that loads data
+        return re.split(r"\n[\w.]+: ", said)[-1].strip()
+    return said
 
 
 def _choices_typed(words: Sequence[str]) -> list[str]:

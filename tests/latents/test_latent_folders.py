@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -348,6 +349,10 @@ def test_the_command_prepares_what_training_reads(tmp_path, monkeypatch):
     data = prepare_latents.texts_of([*texts, "latents=file", "latents.path=out"])
     batch = next(iter(data.eval_dataloader("validation")))
     assert batch["latent"].shape == (len(batch["input_ids"]), 1, 4)
+    shards = data.latents.encoder
+    shards.check(replace(data.vocabulary, fingerprint="of others"), 16)
+    with pytest.raises(ValueError, match=r"was made by counting other tokens \(word\)"):
+        _ = shards.encoder
     checked = prepare_latents.check(typed, overrides)
     assert 0 < checked["retrieval_top1"] <= 1 and checked["texts"] <= 40 and checked["split"] == "validation"
     for change, message in [

@@ -117,6 +117,14 @@ def test_what_nothing_reads_is_not_added(arguments, said):
         compose_config(arguments)
 
 
+def test_an_error_in_a_process_that_loads_data_is_told_like_any_other():
+    told = "data.path=a.jsonl, line 7: there is no text; leave it out"
+    trace = 'Original Traceback (most recent call last):\n  File "x.py", line 3, in f\n    raise ValueError('
+    assert (
+        explain(ValueError(f"Caught ValueError in DataLoader worker process 0.\n{trace}\nValueError: {told}")) == told
+    )
+
+
 def test_the_keys_that_are_listed_are_those_of_what_was_chosen(monkeypatch):
     typed = ["sampling.predictor=entropy_bounded", "sampler.gama=1"]
     monkeypatch.setattr("sys.argv", ["main.py", *typed])
