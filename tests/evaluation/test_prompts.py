@@ -190,7 +190,7 @@ def test_the_unigram_baseline_leaves_prompts_and_padding_out():
 def test_a_filled_bound_stays_above_the_entropy_with_the_length(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     experiment = Experiment(compose_config([*TINY, "data.fill=eos", "data.cache_dir=cache"]), "a test")
-    results = train(experiment, num_samples=1, generate_samples=False)
+    results = train(experiment, num_samples=1, generate_samples=False, disable_ema=False)
     gap = results["gap_nats_per_token"]
     assert gap.value > -4 * gap.se
     texts, truth = experiment.build.data().texts("validation")["text"][:], experiment.build.truth

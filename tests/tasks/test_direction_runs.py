@@ -18,7 +18,7 @@ from palimpsest.settings.command_line import compose_config
 from tests.helpers.commands import TINY, refused, run
 
 FEW = ["data.max_train_texts=64", "data.max_valid_texts=12", "sampling.steps=3", "sampling.latent_steps=2",
-       "sampling.edit_path=2", "data.source.num_train_per_class=2000", "data.source.num_validation_per_class=20",
+       "data.source.num_train_per_class=2000", "data.source.num_validation_per_class=20",
        "data.source.num_test_per_class=20"]  # fmt: skip
 JOINT = [*TINY, *FEW, "algo=mmldlm", "latents=synthetic", "optim=adamw", "training.ema=0",
          "lr_scheduler=constant_warmup", "loader.eval_batch_size=8",
@@ -97,7 +97,13 @@ def test_what_weights_were_trained_for_is_asked_of_them(here):
 
 
 def test_texts_are_edited_towards_a_class_that_they_are_not_of(here):
-    run(*SAMPLE, "sampling.direction=edit", "sampling.edit_class=negative", "sampling.edit_target=centroid")
+    run(
+        *SAMPLE,
+        "sampling.direction=edit",
+        "sampling.edit_path=2",
+        "sampling.edit_class=negative",
+        "sampling.edit_target=centroid",
+    )
     rows = samples(here, "edit")
     assert len(rows) > 2 and all(row["class"] == "positive" and row["wanted"] == "negative" for row in rows)
     assert any(row["true"] != row["shuffled"] for row in rows), "another's is the latent of another text, no centroid"
@@ -118,8 +124,8 @@ def test_centroids_have_the_length_of_the_encoder_s_vectors(here):
 
 @pytest.mark.parametrize("target", ["shift", "neighbour"])
 def test_an_edit_touches_nothing_but_its_masks(here, target):
-    ask = [*SAMPLE, "sampling.direction=edit", "sampling.edit_positions=contrast", "sampling.edit_rate=0.4",
-           f"sampling.edit_target={target}"]  # fmt: skip
+    ask = [*SAMPLE, "sampling.direction=edit", "sampling.edit_path=2", "sampling.edit_positions=contrast",
+           "sampling.edit_rate=0.4", f"sampling.edit_target={target}"]  # fmt: skip
     found, rows = run(*ask), samples(here, "edit")
     for row in rows:
         old, new = np.array(row["source_ids"]), np.array(row["ids"])
@@ -138,7 +144,7 @@ def test_an_edit_starts_at_the_masked_share_and_is_conditioned_on_the_target(her
     seen, fill, barred, bar = [], SamplingContext.sample, set(), editing.WithoutTokens
     monkeypatch.setattr(editing, "WithoutTokens", lambda model, ids: (barred.add(ids), bar(model, ids))[1])
     monkeypatch.setattr(SamplingContext, "sample", lambda *args: (seen.append(args[3]), fill(*args))[1])
-    run(*SAMPLE, "sampling.direction=edit", "sampling.edit_rate=0.33", "sampling.edit_alpha=2")
+    run(*SAMPLE, "sampling.direction=edit", "sampling.edit_path=2", "sampling.edit_rate=0.33", "sampling.edit_alpha=2")
     rows, (true, shuffled, none, *_) = samples(here, "edit"), seen
     shares = [len(row["masked"]) / (len(row["ids"]) - 2) for row in rows]  # begin and end are never masked
     assert true["begin_B"].tolist() == pytest.approx(shares) and max(shares) < 0.33
@@ -196,7 +202,7 @@ def test_what_can_not_be_meant_is_refused(tmp_path, monkeypatch, ask, said):
 
 
 def test_an_edit_of_nothing_is_the_text(here):
-    found = run(*SAMPLE, "sampling.direction=edit", "sampling.edit_rate=0")
+    found = run(*SAMPLE, "sampling.direction=edit", "sampling.edit_path=2", "sampling.edit_rate=0")
     assert all(row["ids"] == row["source_ids"] for row in samples(here, "edit"))
     assert found["true"]["changed"]["value"] == 0 == found["true"]["distance"]["value"]
     assert found["true"]["control"]["value"] == found["judged_wanted_before"]["value"]
