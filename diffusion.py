@@ -78,7 +78,7 @@ class Diffusion(lightning.LightningModule):
         seed: Seed = 1,
         plan: BatchPlan | None = None,
         identity: Mapping[str, object] | None = None,
-        label_dropout: Annotated[BelowOne, Needs("classify.sharing", "conditional")] = 0.0,
+        label_dropout: Annotated[BelowOne, Needs("classify.sharing", ("conditional",))] = 0.0,
         discriminative_weight: NotNegative = 0.0,
     ) -> None:
         super().__init__()

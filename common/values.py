@@ -141,10 +141,6 @@ class Needs:
     setting: str
     values: tuple[object, ...] = ()
 
-    def __init__(self, setting: str, *values: object) -> None:
-        object.__setattr__(self, "setting", setting)
-        object.__setattr__(self, "values", values)
-
     def met_by(self, value: object) -> bool:
         return value in self.values if self.values else bool(value)
 
@@ -188,18 +184,10 @@ def maybe_group(hint: object) -> Setting | None:
     return either(GROUP, NULL) if type(None) in parts else GROUP
 
 
-def marks(hint: object) -> frozenset[str]:
-    """Return the marks of a type: FREE, IF_SET, ADDED_LATER, COPY."""
-    if get_origin(hint) is Annotated:
-        return frozenset(m for m in hint.__metadata__ if isinstance(m, str)) | marks(hint.__origin__)
-    if get_origin(hint) in (Union, types.UnionType):
-        return frozenset().union(*(marks(part) for part in get_args(hint)))
-    return frozenset()
-
-
 def needs(hint: object) -> Needs | None:
     """Return the setting that brings an argument of this type into use, if it names one."""
-    return next((mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Needs)), None)
+    found = hint.__metadata__ if get_origin(hint) is Annotated else ()
+    return next((mark for mark in found if isinstance(mark, Needs)), None)
 
 
 @cache

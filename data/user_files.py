@@ -169,15 +169,15 @@ class UserFiles:
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             whole = {split: Path(aside) / split for split in files}
             for split, some in files.items():
-                if self.label_column:
-                    own = class_names(some, self.keys[split], self.label_column)
-                    renamed = self.given_names is not None and set(own or ()) != set(names)
-                    if own is not None and names is not None and own != tuple(names) and not renamed:
+                own = class_names(some, self.keys[split], self.label_column) if self.label_column else None
+                if own is not None:
+                    renames = self.given_names is not None and set(own) != set(self.given_names)
+                    if names is not None and own != tuple(names) and not renames:
                         raise ValueError(
                             f"{self.keys[split]}: {some[0]} has the classes {classes(own)}, and the training has "
                             f"{classes(tuple(names))}; number them alike"
                         )
-                    indexed = indexed or (own is not None and self.given_names is None)
+                    indexed = indexed or self.given_names is None
                     names = own if names is None else names
                 tables = read_files(some, self.keys[split], self._columns(names, indexed))
                 check_not_empty(write(whole[split], tables), self.paths[split])

@@ -38,7 +38,7 @@ class EditRules:
     positions: Literal["random", "entropy", "suffix", "contrast"] = "random"  # which tokens are masked
     rate: Share = 0.3  # share of all tokens
     target: Literal["shift", "centroid", "neighbour", "slerp"] = "shift"  # how the target latent is found
-    alpha: Annotated[float, real("(-inf, inf)"), Needs("target", "shift", "slerp")] = 1.0  # step size
+    alpha: Annotated[float, real("(-inf, inf)"), Needs("target", ("shift", "slerp"))] = 1.0  # step size
     to_class: Natural | Name | None = None  # number or name of the target class; None: the one after the text's own
     path: Annotated[int, whole(2, COUNT)] = 5  # points of the latent path on which SSS and MTS are measured
 
@@ -52,12 +52,12 @@ class ConditionalSettings:
     """Settings of conditional generation. Raises ValueError for guidance without a condition."""
 
     direction: Literal["joint", "l2t", "t2l", "edit"] | None = None
-    joint_order: Annotated[Literal["simultaneous", "latent_first"], Needs("direction", "joint")] = "simultaneous"
+    joint_order: Annotated[Literal["simultaneous", "latent_first"], Needs("direction", ("joint",))] = "simultaneous"
     latent: LatentSteps = LatentSteps()
     steps: Count = 128  # of joint_order=simultaneous, as `choice` and `noise_removal`; else the sampler's own
     choice: TokenChoice = TokenChoice()
     noise_removal: bool = True
-    edit: Annotated[EditRules, Needs("direction", "edit")] = field(default_factory=EditRules)
+    edit: Annotated[EditRules, Needs("direction", ("edit",))] = field(default_factory=EditRules)
 
     def __post_init__(self) -> None:
         if self.direction == "joint" and self.joint_order == "simultaneous" and self.latent.guidance != 1:

@@ -92,9 +92,11 @@ class Runs:
         path = path_or_url(self.resume_path_typed, "checkpointing.resume_ckpt_path") if self.resume_path_typed else None
         if path and not exists(path):
             raise FileNotFoundError(f"checkpointing.resume_ckpt_path={self.resume_path_typed}: there is no such file")
-        own = newest_good(self.checkpoints(label)) if self.resume else None
-        goes_on = path is None or (own is not None and read_progress(own).resumed_from == self.resume_path_typed)
-        return own if goes_on else path if self.resume else None
+        if not self.resume:
+            return None
+        own = newest_good(self.checkpoints(label))
+        goes_on = own is not None and read_progress(own).resumed_from == self.resume_path_typed
+        return own if path is None or goes_on else path
 
     def finished(self, data: TextData, label: int | None = None) -> PathOrUrl | None:
         """Return the weights of a complete training; None if it is unfinished.

@@ -61,7 +61,7 @@ class Unmasking:
     order: Literal["left_to_right", "confidence", "margin", "entropy", "random"] = "random"
     threshold: AboveZeroShare | None = None
     remask: Literal["none", "low_confidence", "remdm"] = "none"
-    remask_eta: Annotated[Share, Needs("remask", "remdm")] = 0.02
+    remask_eta: Annotated[Share, Needs("remask", ("remdm",))] = 0.02
 
     def __post_init__(self) -> None:
         by_confidence = {"threshold": self.threshold is not None, "remask": self.remask == "low_confidence"}

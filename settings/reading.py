@@ -7,7 +7,7 @@ builds from keys (settings/wiring.py). The types of the arguments define their v
 import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -69,11 +69,8 @@ class Readers:
                     places.append(argument.key)
         for target, keys in WIRING.items():
             known = hints(resolve_target(target))
-            for name, key in keys.items():
-                if _has(self._raw, key):
-                    mark = needs(known[name])
-                    needed = (keys.get(mark.setting, mark.setting), mark) if mark else None
-                    found.append(Argument(key, key, known[name], needed))
+            present = {name: key for name, key in keys.items() if _has(self._raw, key)}
+            found += [Argument(key, key, known[name], _needed(known[name], keys.get)) for name, key in present.items()]
         return found
 
     def _of(self, place: str, node: object, around: tuple[str, Needs] | None = None) -> Iterator[Argument]:
@@ -87,8 +84,7 @@ class Readers:
             if name in _OF_HYDRA:
                 continue
             hint = known.get(name, object)
-            mark = needs(hint)
-            needed = (mark.setting if "." in mark.setting else f"{place}.{mark.setting}", mark) if mark else around
+            needed = _needed(hint, lambda sibling: f"{place}.{sibling}") or around
             for reference in REFERENCE.findall(value) if isinstance(value, str) else ():
                 whole = REFERENCE.fullmatch(value) is not None
                 yield Argument(at, absolute(at, reference), hint if whole else object, needed)
@@ -150,20 +146,15 @@ class Readers:
 
     def _refuse_switched_off(self, key: str, word: str) -> None:
         """Raise ValueError if another setting keeps every argument that receives a typed one from being read."""
-        off = None
-        for argument in self.arguments:
-            if argument.key != key:
-                continue
-            if argument.needs is None or argument.needs[1].met_by(OmegaConf.select(self._cfg, argument.needs[0])):
-                return
-            off = argument.needs
-        if off is not None:
-            typed = _at(self._raw, off[0])
-            setting = absolute(off[0], REFERENCE.fullmatch(typed)[1]) if _is_reference(typed) else off[0]
-            value = OmegaConf.select(self._cfg, off[0])
-            enough = off[1].values or ((True,) if value is False else ())
-            remedy = f"add {' or '.join(f'{setting}={shown(one)}' for one in enough)}" if enough else f"set {setting}"
-            raise ValueError(f"{word} means nothing with {setting}={shown(value)}; {remedy}, or leave it out")
+        needed = [argument.needs for argument in self.arguments if argument.key == key]
+        if not needed or any(one is None or one[1].met_by(OmegaConf.select(self._cfg, one[0])) for one in needed):
+            return
+        at, mark = needed[0]
+        typed, value = _at(self._raw, at), OmegaConf.select(self._cfg, at)
+        setting = absolute(at, REFERENCE.fullmatch(typed)[1]) if _is_reference(typed) else at
+        enough = mark.values or ((True,) if value is False else ())
+        remedy = f"add {' or '.join(f'{setting}={shown(one)}' for one in enough)}" if enough else f"set {setting}"
+        raise ValueError(f"{word} means nothing with {setting}={shown(value)}; {remedy}, or leave it out")
 
     def _read(self) -> set[str]:
         """Return the keys that something reads, or would in another mode: one command is given with several."""
@@ -197,6 +188,12 @@ def _refuse(key: str, hint: object, value: object) -> None:
     setting = setting_of(hint) or (None if hint is object else maybe_group(hint))
     if setting is not None and not setting.accepts(value):
         raise ValueError(f"{key}={shown(value)} must be {setting.description}")
+
+
+def _needed(hint: object, key_of_sibling: Callable[[str], str]) -> tuple[str, Needs] | None:
+    """Return what brings an argument of this type into use, with its key; None if nothing has to."""
+    mark = needs(hint)
+    return mark and (mark.setting if "." in mark.setting else key_of_sibling(mark.setting), mark)
 
 
 def _is_reference(value: object) -> bool:

@@ -25,9 +25,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback
 
 from palimpsest.common.process_identity import process_status, process_table
+from palimpsest.training.callbacks.best import Patience
 from palimpsest.training.callbacks.metrics import TrainingMetrics
 
 FILE = "run.json"
@@ -88,7 +89,7 @@ class RunState(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Patience is the only early end after which nothing is left to do.
-        patient = any(isinstance(c, EarlyStopping) and c.wait_count >= c.patience for c in trainer.callbacks)
+        patient = any(isinstance(c, Patience) and c.is_over for c in trainer.callbacks)
         complete = trainer.global_step >= trainer.max_steps or patient
         self._write(trainer, state="finished" if complete else "stopped")
 
