@@ -100,6 +100,8 @@ class TrainedClassifier:
         Raises:
             ValueError: there are no texts, or a setting does not fit.
         """
+        if draws < 1 or not 0.5 < confidence <= 1:
+            raise ValueError(f"draws={draws} must be at least 1, and confidence={confidence} in (0.5, 1]")
         test = SequentialTest(draws, confidence)
         estimator = self.experiment.build.estimator
         test.check(estimator)

@@ -113,8 +113,15 @@ def _refuse_differences(
 def checkpoint_path(typed: str | Path, key: str = "path") -> PathOrUrl:
     """Return the path of a checkpoint; for the folder of a run, that of its last checkpoint."""
     path = path_or_url(str(typed), key)
-    last = None if is_remote(path) else path / "checkpoints" / "last.ckpt"
-    return last if last is not None and last.exists() else path
+    if is_remote(path):
+        return path
+    last = path / "checkpoints" / "last.ckpt"
+    if (path / "label=0").exists() and not last.exists():
+        raise ValueError(
+            f"{key} {path} holds one model per class; name one of them, such as {path / 'label=0'}, or use "
+            "palimpsest.load_classifier"
+        )
+    return last if last.exists() else path
 
 
 def training_identity(path: PathOrUrl, key: str = "path") -> dict[str, object]:

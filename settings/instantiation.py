@@ -4,6 +4,7 @@ import inspect
 from typing import get_type_hints
 
 import hydra.utils
+from hydra.errors import InstantiationException
 from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,8 +25,14 @@ def instantiate(node: object, **arguments: object) -> object:
     Raises:
         ValueError: a `_target_`, at any depth, is neither defined in the project's folder, nor one of `OF_LIBRARIES`,
             nor a callback of Lightning.
+        ValueError, OSError: as what is built raises them.
     """
-    return hydra.utils.instantiate(_with_current_targets(plain(node)), **arguments)
+    try:
+        return hydra.utils.instantiate(_with_current_targets(plain(node)), **arguments)
+    except InstantiationException as error:  # Hydra's wrapping would hide our message from the library's users
+        if (cause := error.__cause__) and isinstance(cause, ValueError | OSError):
+            raise cause from cause.__cause__
+        raise
 
 
 def build_from_settings(cfg: DictConfig, target: str, **given: object) -> object:

@@ -83,6 +83,8 @@ def test_a_notebook_trains(folder, monkeypatch):
     words = [word for word in RUN if not word.startswith(("trainer.max_steps", "mode="))]
     model = palimpsest.train(*words, trainer={"max_steps": 2}, checkpointing={"save_dir": "trained"}, data="reviews")
     assert model.path.startswith("trained/checkpoints") and model.sample(1, length=6)
+    with pytest.raises(ValueError, match="^T=7 .*contradict"):
+        palimpsest.train(*words, data="reviews", T=7, training={"masking": "exact_count"})
     with pytest.raises(ValueError, match="training.ema=2"):
         palimpsest.train(training={"ema": 2})
     with pytest.raises(ValueError, match="what data has: .*path"):
@@ -104,6 +106,11 @@ def test_a_classifier_says_what_it_knows(folder, monkeypatch):
     strange = "wonderful wonderful the dull was is the and and plot plot plot"
     later = palimpsest.load_classifier("run").predict([*TEXTS, strange], draws=4)
     assert later.unlike is not None and later.unlike.shape == (3,)
+    for wrong in ({"draws": 0}, {"confidence": 0}, {"confidence": 2}):
+        with pytest.raises(ValueError, match=r"must be at least 1, and confidence=.* in \(0.5, 1\]"):
+            classifier.predict(TEXTS, **wrong)
+    with pytest.raises(ValueError, match="run holds one model per class; .*label=0, or use palimpsest.load_classifier"):
+        palimpsest.load("run")
     with pytest.raises(FileNotFoundError, match="holds no classifier"):
         palimpsest.load_classifier("cache")
     with pytest.raises(FileNotFoundError, match="holds no classifier"):
@@ -118,6 +125,13 @@ def test_classes_by_bayes_rule(folder, monkeypatch):
     assert np.allclose(same, 0.5), "one model against itself, under the same masks"
     skewed = palimpsest.classify(["run/label=1", "run/label=1"], TEXTS, draws=4, prior=[0.9, 0.1])
     assert np.allclose(skewed[:, 0], 0.9)
+    for wrong in ("run/label=0", ["run/label=0"]):
+        with pytest.raises(ValueError, match="give a list of models, one per class"):
+            palimpsest.classify(wrong, TEXTS)
+    words = ["data.tokenizer_name_or_path=bpe", "data.vocab_size=300", "data.long_texts=truncate"]
+    trained(*RUN, *words, "data.label=1", "checkpointing.save_dir=other")
+    with pytest.raises(ValueError, match="different tokenizers"):
+        palimpsest.classify(["run/label=0", "other/label=1"], TEXTS)
 
 
 def test_what_does_not_fit_is_refused(folder, model, monkeypatch):

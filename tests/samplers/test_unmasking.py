@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from benchmarks.decoders import decoders
@@ -194,7 +193,7 @@ def test_configurations_that_contradict_themselves_are_refused():
         cfg = chosen.copy()
         for key, value in changes.items():
             OmegaConf.update(cfg, f"sampling.{key}", value)
-        with pytest.raises((ValueError, InstantiationException), match=said):
+        with pytest.raises(ValueError, match=said):
             checked(cfg, "a test", [f"sampling.{key}=" for key in changes])
     for arguments, said in [
         (["parameterization=ar", "sampling.predictor=unmask"], "use sampling.predictor=ar"),
