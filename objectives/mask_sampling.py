@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.common.values import IF_SET, BelowOne, Natural
+from palimpsest.common.values import IF_SET, BelowOne, Natural, Needs
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.process import Absorbing, Process
 
@@ -83,7 +83,7 @@ class Bernoulli(MaskSampler):
     def __init__(
         self,
         antithetic_sampling: bool = True,
-        sampling_eps: BelowOne = 0.0,
+        sampling_eps: Annotated[BelowOne, Needs("T", (0,))] = 0.0,
         importance_sampling: bool = False,
         change_of_variables: bool = False,
         T: Natural = 0,  # noqa: N803 - the configuration key

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.common.values import COPY, RATES, Natural, Share
+from palimpsest.common.values import COPY, RATES, Natural, Needs, Share
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.objectives.base import Backbone, Batch, TokenDiffusion, scored_mask
 from palimpsest.objectives.mask_sampling import Draw, MaskSampler, order_statistic, shuffle_keys, weighted
@@ -62,7 +62,7 @@ class Rates(MaskSampler):
         rate_min: Annotated[Share, COPY] = 0.1,
         rate_max: Annotated[Share, COPY] = 1.0,
         per: Annotated[Literal["sample", "batch"], COPY] = "sample",
-        antithetic_sampling: bool = True,
+        antithetic_sampling: Annotated[bool, Needs("per", ("sample",))] = True,
     ) -> None:
         continuous = isinstance(rates, str)
         if continuous and rate_min >= rate_max:

@@ -11,13 +11,14 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.common.values import AboveZeroShare, AtLeastOne, NotNegative
+from palimpsest.common.values import AboveZeroShare, AtLeastOne, Needs, NotNegative
 from palimpsest.denoisers import Denoiser, mismatch
 from palimpsest.process import Process, draw_categorical
 from palimpsest.samplers.trace import Trace, Watcher
@@ -55,8 +56,8 @@ class TokenChoice:
     """
 
     temperature: NotNegative = 1.0
-    top_k: AtLeastOne | None = None
-    nucleus_p: AboveZeroShare = 1.0
+    top_k: Annotated[AtLeastOne | None, Needs("temperature")] = None
+    nucleus_p: Annotated[AboveZeroShare, Needs("temperature")] = 1.0
 
     def draw(self, log_p_NV: Tensor, u_N: Tensor) -> Tensor:
         """Draw one token id per row, (N,), from uniform numbers `u_N`."""
