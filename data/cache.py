@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -97,11 +98,18 @@ def cached_folder(
     figures = _read_entry(folder, settings)
     if figures is not None:
         return folder, figures
-    with writing_into(cache_dir):
-        temporary = tempfile.TemporaryDirectory(prefix=f".{kind}-", dir=cache_dir, ignore_cleanup_errors=True)
-    with temporary as name, _lock(folder):
+    with _lock(folder) as alone:
         figures = _read_entry(folder, settings)  # another process may have built it while this one waited
-        return folder, _build(Path(name), folder, settings, build) if figures is None else figures
+        if figures is not None:
+            return folder, figures
+        with writing_into(cache_dir):
+            for left in cache_dir.glob(f".{folder.name}-*") if alone else ():  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            temporary = tempfile.TemporaryDirectory(
+                prefix=f".{folder.name}-", dir=cache_dir, ignore_cleanup_errors=True
+            )
+        with temporary as name:
+            return folder, _build(Path(name), folder, settings, build)
 
 
 @contextlib.contextmanager
@@ -150,14 +158,16 @@ def _read_entry(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the entry's lock, so that processes do not build it twice.
+def _lock(folder: Path) -> Iterator[bool]:
+    """Hold the entry's lock, so that processes do not build it twice; give whether it is held.
 
     A file system without locks is no reason to stop: an entry appears by one atomic rename, so it is never half there.
     """
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(FileLock(folder.parent / f".{folder.name}.lock"))
+            alone = True
         except (OSError, NotImplementedError) as error:  # filelock raises the latter if locks do not exist
             log.warning("no lock for %s (%s): processes that need it at once build it several times", folder, error)
-        yield
+            alone = False
+        yield alone

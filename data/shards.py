@@ -5,7 +5,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import datasets
@@ -42,6 +42,11 @@ class FilePieces:
         path, group = self.shards[shard]
         return read_tables(path, self.key, self.columns, group)
 
+    def count(self, shard: int) -> int | None:
+        """Return the number of rows of a piece, if it is known without reading them."""
+        path, group = self.shards[shard]
+        return None if group is None else _footer(path).row_group(group).num_rows
+
     def reshard(self) -> "FilePieces":
         return self
 
@@ -50,7 +55,12 @@ def _groups(path: Path, key: str) -> Sequence[int | None]:
     if kind_of(path) != "parquet" or path.suffix.lower() != ".parquet":
         return [None]
     with reading(path, key):
-        return range(pq.read_metadata(path).num_row_groups)
+        return range(_footer(path).num_row_groups)
+
+
+@lru_cache(maxsize=1)
+def _footer(path: Path) -> pq.FileMetaData:
+    return pq.read_metadata(path)
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,9 @@ class HubPieces:
         for table in piece.iter(batch_size=_AT_ONCE):
             need_columns(table.column_names, self.columns, self.origin)
             yield table.select(self.columns)
+
+    def count(self, shard: int) -> None:
+        """Return None: the rows of a piece are not known without reading them."""
 
     def reshard(self) -> "HubPieces":
         return replace(self, rows=self.rows.reshard())  # Parquet: by row groups
@@ -118,6 +131,8 @@ class Shards:
 
     def _count(self, shard: int, reach: int) -> int:
         """Return the number of rows of a shard, at most `reach`."""
+        if (known := self.rows.count(shard)) is not None:
+            return min(known, reach)
         seen = 0
         for table in self.rows.tables(shard):
             seen += table.num_rows

@@ -1,6 +1,8 @@
 """Packing: nothing is lost or truncated silently, and every setting has a separate cache entry."""
 
 import multiprocessing
+import os
+import signal
 from dataclasses import replace
 
 import datasets
@@ -225,6 +227,19 @@ def test_a_damaged_cache_entry_is_built_again(damage, tokenizer, vocab, tmp_path
         path.write_bytes(content[: len(content) // 2] if damage != "empty" else b"")
     assert ids_of(pack(rows_of(TEXTS), tokenizer, vocab, packing, tmp_path)[0]) == expected
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == [folder.name], "no debris"
+
+
+def test_a_killed_build_leaves_nothing_behind(tmp_path):
+    def killed(folder):
+        (folder / "data").write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=cached_folder, args=(tmp_path, "x", {"a": 1}, killed))
+    process.start()
+    process.join()
+    assert any((left / "data").exists() for left in tmp_path.glob(".x-*-*"))
+    folder, _ = cached_folder(tmp_path, "x", {"a": 1}, lambda folder: None)
+    assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == [folder.name]
 
 
 def _pack_in_process(folder, queue):
