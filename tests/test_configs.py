@@ -29,6 +29,8 @@ def test_every_choice_composes(group, choice):
         assert cfg.model.name == choice
     if group == "data":
         assert cfg.data.name == choice
+        renamed = compose_config([f"data={choice}", "data.name=mine"]).data
+        assert (renamed.train, renamed.valid).count(choice) == 0 or choice.startswith("openwebtext")
 
 
 @pytest.mark.parametrize("overrides", [
