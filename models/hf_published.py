@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
@@ -19,6 +20,7 @@ from palimpsest.models.checkpoints import Checkpoint, read_settings
 
 KEY = "backbone.name_or_path"
 FILES = "config.json and model.safetensors"
+_NO_TOKEN = -1
 _MOST_UNUSED = 1024  # rows of the network beyond the ids of the data, such as those from rounding up to a multiple
 _DROPOUT = re.compile(r"(dropout|pdrop)(_prob)?$")
 _OTHER_HEADS = re.compile(r"classifier|summary")
@@ -179,7 +181,12 @@ def sizes(config: PretrainedConfig) -> dict[str, int | None]:
 def clear_padding_id(model: PreTrainedModel) -> None:
     """Remove the padding id of the model. The data choose which id pads rows, possibly a learned token such
     as the end."""
-    model.config.pad_token_id = None
+    try:
+        model.config.pad_token_id = None
+    except StrictDataclassFieldValidationError:  # Nomic BERT and the decoder of ModernBERT must have a number
+        model.config.pad_token_id = _NO_TOKEN
+    if hasattr(model.base_model, "pad_index"):  # XLM and FlauBERT take it for the end of a row
+        model.base_model.pad_index = _NO_TOKEN
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
         embedding.padding_idx = None

@@ -14,7 +14,9 @@ from transformers import (
     BertConfig,
     DistilBertConfig,
     ElectraConfig,
+    FlaubertConfig,
     ModernBertConfig,
+    NomicBertConfig,
     PretrainedConfig,
     RobertaConfig,
 )
@@ -44,6 +46,9 @@ CONFIGS = {
                                            sep_token_id=1),
     "albert": lambda: AlbertConfig(**SMALL, embedding_size=8),
     "electra": lambda: ElectraConfig(**SMALL, embedding_size=8),
+    "nomic_bert": lambda: NomicBertConfig(**SMALL, pad_token_id=0),
+    "flaubert": lambda: FlaubertConfig(vocab_size=V, emb_dim=16, n_layers=2, n_heads=2, pad_index=1, pad_token_id=1,
+                                       max_position_embeddings=LENGTH),
 }  # fmt: skip
 
 
@@ -89,11 +94,11 @@ def test_head_of_encode_is_the_librarys_logits(tmp_path, family):
 
 
 @torch.no_grad()
-def test_positions_are_counted_whatever_the_ids():
-    """RoBERTa counts the tokens that are not of its padding's id, which is that of a word here."""
-    net = HFMaskedLM(CONFIGS["roberta"](), V, dropout=0.0)
-    torch.nn.init.normal_(net.model.roberta.embeddings.word_embeddings.weight)
-    words = net.model.roberta.embeddings.word_embeddings.weight
+@pytest.mark.parametrize("family", ["roberta", "flaubert"])
+def test_positions_are_counted_whatever_the_ids(family):
+    """Both count the tokens that are not of their padding's id, which is that of a word here."""
+    net = HFMaskedLM(CONFIGS[family](), V, dropout=0.0)
+    words = torch.nn.init.normal_(net.model.get_input_embeddings().weight)
     words[1] = words[7]
     assert net.longest == LENGTH == HFMaskedLM(CONFIGS["bert"](), V).longest
     assert torch.allclose(net(torch.tensor([[5, 1, 6, 1]])), net(torch.tensor([[5, 7, 6, 7]])), atol=1e-6)
