@@ -162,7 +162,8 @@ def fit_space(train: Store, dim: int | None, tokens: int, origin: str) -> Space:
         if tokens > 1 and (not varies_W.all() or train.width % tokens):
             raise ValueError(
                 f"latents.tokens={tokens} does not divide the {int(varies_W.sum())} numbers that vary of "
-                f"{train.width} ({origin}); set it to 1, or latents.dim to a multiple of it"
+                f"{train.width} ({origin}); set latents.dim to a multiple of it, or with latents=file to any number, "
+                "which makes one latent token; or set latents.tokens=1"
             )
         kept_C = np.flatnonzero(varies_W)
         parts = (x_W[kept_C].reshape(tokens, -1) for x_W in (center_W, spread_W))

@@ -72,6 +72,10 @@ def preparation(typed: argparse.Namespace, data: TextData, parent: int | None = 
             f"latents.dim={dim}: the folder keeps all dimensions of the encoder; set latents.dim=null "
             f"here, and latents=file latents.dim={dim} in training"
         )
+    if latents.encoder.tokens != 1:
+        raise ValueError(
+            f"latents.tokens={latents.encoder.tokens}: the folder keeps a text's vector in one piece; leave it out"
+        )
     unknown = [split for split in typed.splits or () if split not in data.splits]
     if unknown:
         raise ValueError(f"--splits: there is no {', '.join(unknown)}; there are {', '.join(data.splits)}")

@@ -357,6 +357,7 @@ def test_the_command_prepares_what_training_reads(tmp_path, monkeypatch):
     assert 0 < checked["retrieval_top1"] <= 1 and checked["texts"] <= 40 and checked["split"] == "validation"
     for change, message in [
         (["latents=lsa", "latents.dim=4", "data.wrap=true", "data.long_texts=error"], "data.wrap=true"),
+        (["latents=lsa", "latents.dim=4", "latents.tokens=2"], "latents.tokens=2: the folder keeps"),
         (["latents=none"], "--encoder is missing"), (["latents=file", "latents.path=out"], "exist already"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
