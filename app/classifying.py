@@ -108,7 +108,7 @@ def _attributions(
     rows = range(len(data.split(_SPLIT)))
     noising = comparison_mask_sampler(experiment.build.estimator, trained.models[0].diffusion.objective)
     draws = dict.fromkeys(rows, int(scores.draws_M[0]))
-    nats = token_attributions(trained.models, data, _SPLIT, draws, test.num_draws, noising, experiment.seed)
+    nats = token_attributions(trained.models, data, _SPLIT, draws, test, noising, experiment.seed)
     titles = [f"Part {row + 1} of {len(rows)}" if len(rows) > 1 else "Which words spoke" for row in rows]
     report = Report("")
     report.evidence(shown_evidence(data, _SPLIT, {row: (titles[row], first, second) for row in rows}, nats))

@@ -54,7 +54,7 @@ def explain(
     first = [int(text_rows[sample_R[text_rows].argmin()]) for text_rows in windows]
     noising = comparison_mask_sampler(estimator, models[0].diffusion.objective)
     draws = {row: int(scores.draws_M[m]) for row, m in zip(first, surest, strict=True)}
-    nats = token_attributions(models, data, split, draws, test.num_draws, noising, seed)
+    nats = token_attributions(models, data, split, draws, test, noising, seed)
     two = len(data.label_names) == 2
     return [ExplainedText(int(m), row, len(text_rows), (0, 1) if two else tuple(ranked_MC[m, :2].tolist()), nats_CL)
             for m, row, text_rows, nats_CL in zip(surest, first, windows, nats, strict=True)]  # fmt: skip
@@ -66,26 +66,26 @@ def token_attributions(
     data: TextData,
     split: str,
     draws: Mapping[int, int],
-    of: int,
+    test: SequentialTest,
     noising: MaskSampler | None,
     seed: int,
 ) -> list[np.ndarray]:
     """Return the nats of each token in -log p(row | class), float64 (C, L) for each row; nan on unscored tokens.
 
-    draws: row number -> the number of the `of` draws that were taken. With the mask sampler and the seed of the
+    draws: row number -> how many draws the sequential test took. With the test, the mask sampler and the seed of the
     measurement, the sum over L is the measured value of the row.
     """
     device, attributions = models[0].diffusion.device, []
     for row, taken in draws.items():
         batch = {name: column.to(device) for name, column in data.collate(data.split(split)[[row]]).items()}
         by_class = []
-        for model in models:
+        for model, own_seed in zip(models, test.seeds(seed, len(models)), strict=True):
             conditioned, network = model.with_conditioning(batch), model.diffusion
             objective = network.objective.bound(noising)
             passes = 1 if objective.exact else objective.mask_sampler.passes
             numbers = range(1 if objective.exact else max(taken // passes, 1))
             ids_B, group_B = batch["sample_id"], batch.get("text_id")
-            noises = [evaluation_noise(seed, ids_B, k, of // passes, group_B) for k in numbers]
+            noises = [evaluation_noise(own_seed, ids_B, k, test.num_draws // passes, group_B) for k in numbers]
             losses = [objective.loss(network.backbone, conditioned, noise) for noise in noises]
             nats_L = sum(loss.nll_BL[0].double() for loss in losses) / len(losses)
             by_class.append(nats_L.masked_fill(~losses[0].mask_BL[0], torch.nan))

@@ -45,6 +45,10 @@ class SequentialTest:
                 "depends on the number of draws; set classify.confidence=1 or another eval.estimator"
             )
 
+    def seeds(self, seed: int, number: int) -> list[int]:
+        """Return the seed of the masks of each of `number` models."""
+        return [seed if self.masks == "common" else hash_seed(seed, model) for model in range(number)]
+
     def looks(self, passes: int, watched: bool = False) -> list[int]:
         """Return after how many evaluations to test, in whole draws of `passes`; if `watched`, also without a test."""
         if self.confidence == 1 and not watched:
@@ -212,7 +216,7 @@ def _draws(
     models: Sequence[ClassModel], estimator: Estimator, seed: int, test: SequentialTest, part: range
 ) -> Callable[[Batch], dict[str, Tensor]]:
     """Return a function that measures a batch under every class: the evaluations `part` of `num_draws`."""
-    seeds = [seed if test.masks == "common" else hash_seed(seed, number) for number in range(len(models))]
+    seeds = test.seeds(seed, len(models))
 
     def measure(batch: Batch) -> dict[str, Tensor]:
         found = [

@@ -125,15 +125,15 @@ class TrainedClassifier:
             scores.draws_M,
             None if typical is None else typical.unlike(scores, log_prior_C),
             [token_strings(data.tokenizer, [i for row in rows for i in _ids(data, row)]) for rows in rows_M],
-            self._attributions(data, scores, rows_M, draws, seed) if attributions else None,
+            self._attributions(data, scores, rows_M, test, seed) if attributions else None,
         )
 
     def _attributions(
-        self, data: TextData, scores: ClassScores, rows_M: list[list[int]], num_draws: int, seed: int
+        self, data: TextData, scores: ClassScores, rows_M: list[list[int]], test: SequentialTest, seed: int
     ) -> list[np.ndarray]:
         noising = comparison_mask_sampler(self.experiment.build.estimator, self.models[0].diffusion.objective)
         draws = {row: int(scores.draws_M[m]) for m, rows in enumerate(rows_M) for row in rows}
-        nats_of_rows = token_attributions(self.models, data, SPLIT, draws, num_draws, noising, seed)
+        nats_of_rows = token_attributions(self.models, data, SPLIT, draws, test, noising, seed)
         nats = dict(zip(draws, nats_of_rows, strict=True))
         return [-np.concatenate([nats[row][:, : len(_ids(data, row))] for row in rows], axis=1) for rows in rows_M]
 

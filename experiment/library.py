@@ -263,10 +263,14 @@ def classify(
         ValueError: fewer than two models, or their tokenizers differ.
     """
     if isinstance(models, str | Path | TrainedModel) or len(models) < 2:
-        raise ValueError("give a list of models, one per class; palimpsest.load_classifier reads a whole run of classify")
+        raise ValueError(
+            "give a list of models, one per class; palimpsest.load_classifier reads a whole run of classify"
+        )
     loaded = [one if isinstance(one, TrainedModel) else load(one) for one in models]
     if len({one.data.vocabulary.fingerprint for one in loaded}) > 1:
-        raise ValueError("the models have different tokenizers, so they do not read the same texts; train them with one")
+        raise ValueError(
+            "the models have different tokenizers, so they do not read the same texts; train them with one"
+        )
     estimator = loaded[0].experiment.build.estimator
     if isinstance(estimator, Nelbo):  # masks that all models see alike
         estimator = Nelbo(comparison_mask_sampler(estimator, loaded[0].diffusion.objective))

@@ -110,15 +110,16 @@ def test_comparison_draws_small_counts_more_often_unless_something_else_was_chos
     assert isinstance(for_comparison(Nelbo(Bernoulli()), model).mask_sampler, Bernoulli)
 
 
-def test_token_attributions_add_up_to_the_log_likelihood_ratio():
+@pytest.mark.parametrize("masks", ["common", "independent"])
+def test_token_attributions_add_up_to_the_log_likelihood_ratio(masks):
     e = experiment()
     models = two_models(e)
     rows = [5, 0, 3]
-    test = SequentialTest(8, confidence=0.9)
+    test = SequentialTest(8, 0.9, masks)
     found = scores_of(e, models, test)
     place = [found.text_id_M.tolist().index(e.build.data().split("test")[r]["text_id"]) for r in rows]
     draws = {row: int(found.draws_M[m]) for row, m in zip(rows, place, strict=True)}
-    nats = token_attributions(models, e.build.data(), "test", draws, 8, TiltedCount(), 3)
+    nats = token_attributions(models, e.build.data(), "test", draws, test, TiltedCount(), 3)
     for m, nats_CL in zip(place, nats, strict=True):
         np.testing.assert_allclose(-np.nansum(nats_CL, axis=1), found.log_p_MC[m], rtol=1e-4)
         assert np.isnan(nats_CL[:, 0]).all(), "a given BOS is not weighed"
