@@ -212,6 +212,8 @@ def _check_network(cfg: DictConfig, objective: Objective, network: type) -> None
             f"time_conditioning=true means nothing to backbone={network.__name__} with parameterization="
             f"{objective.name}; leave it out, or use backbone=dit"
         )
+    if cfg.trainer.compile and not network.compiles:
+        raise ValueError(f"trainer.compile=true: {network.__name__} does not support it; leave it out")
     if objective.change_of_variables and not cfg.time_conditioning:
         raise ValueError(
             "training.change_of_variables=true changes what a time-conditioned network is shown, and "

@@ -10,15 +10,13 @@ _BACKEND = "inductor"
 
 def compile_encoder(backbone: Backbone) -> None:
     """Compile `encode` and, for block diffusion, `encode_blocks` at their first use. Parameter names stay as they are.
-    Raises ValueError if the network does not support it.
+    Raises ValueError for attention that cannot be compiled.
 
     The compiled network computes the hidden states of all positions, so that every training step has the same shapes
     and nothing is compiled again. This costs little: the last block alone could leave positions out, and times are
     spread over a batch, so that in one of its rows almost every token is masked. The projection onto the vocabulary is
     still of the needed positions only. Block sampling with a cache of keys and values stays as it is.
     """
-    if not backbone.compiles:
-        raise ValueError(f"trainer.compile=true: {type(backbone).__name__} does not support it; leave it out")
     blocks = [layer for layer in backbone.modules() if isinstance(layer, TransformerBlock)]
     if any(block.attn_backend == "flash_attn" for block in blocks):
         raise ValueError(
