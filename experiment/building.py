@@ -219,6 +219,8 @@ class Builder:
             checkpoints=checkpoints,
             command=command,
             settings=self.settings,
+            resumes=self._runs.resume,
+            resumed_from=self._runs.resume_path_typed,
             callbacks=callbacks,
             loggers=loggers,
             strategy=instantiate(self.cfg.strategy),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from palimpsest.classification.class_ngrams import PairCounts, class_biases
 from palimpsest.common.files import PathOrUrl
@@ -53,10 +54,14 @@ def _fit(experiment: Experiment, label: int | None) -> PathOrUrl:
     if diffusion.discriminative_weight:
         diffusion.compare_classes(_shares_of_classes(data))
     if resume:
+        experiment.runs.check_resumable(resume, data)
         print(f"resuming from {resume}")
     else:
         initialise(experiment, diffusion, data, shared)
-    trainer.fit(diffusion, datamodule=data, ckpt_path=resume)
+    try:
+        trainer.fit(diffusion, datamodule=data, ckpt_path=resume)
+    except MisconfigurationException as error:
+        raise ValueError(f"lightning.Trainer refuses a setting of trainer: {error}") from error
     if not trainer.interrupted:
         save_last(trainer, experiment.runs.checkpoints(label))
     if trainer.should_stop:

@@ -13,7 +13,7 @@ from palimpsest.common.values import FREE, AtLeastOne, FilePath, FolderName, Nat
 from palimpsest.data.stream import check_same_texts
 from palimpsest.dataloader import TextData
 from palimpsest.models.checkpoints import Progress, read_progress
-from palimpsest.models.compatibility import check_same_settings
+from palimpsest.models.compatibility import RESUMED, check_same_settings, differing
 from palimpsest.training.processes import first_process, several_launched
 from palimpsest.training.recovery import newest_good
 from palimpsest.training.run_lock import training_lock
@@ -85,18 +85,28 @@ class Runs:
         return None if ordinary else self.class_patience
 
     def resume_path(self, label: int | None = None) -> PathOrUrl | None:
-        """Return the checkpoint to resume from, if there is one and checkpointing.resume_from_ckpt allows it.
-
-        The run's own checkpoint comes before the typed one if the run was started from that: the same command goes on.
-        """
-        path = path_or_url(self.resume_path_typed, "checkpointing.resume_ckpt_path") if self.resume_path_typed else None
-        if path and not exists(path):
-            raise FileNotFoundError(f"checkpointing.resume_ckpt_path={self.resume_path_typed}: there is no such file")
+        """Return the checkpoint to resume from, if there is one and checkpointing.resume_from_ckpt allows it: the run's
+        own one, or the typed one if the run was not started from that."""
         if not self.resume:
             return None
+        own = self._own(label)
+        if own is not None or not self.resume_path_typed:
+            return own
+        path = path_or_url(self.resume_path_typed, "checkpointing.resume_ckpt_path")
+        if not exists(path):
+            raise FileNotFoundError(f"checkpointing.resume_ckpt_path={self.resume_path_typed}: there is no such file")
+        return path
+
+    def _own(self, label: int | None) -> PathOrUrl | None:
+        """Return the newest checkpoint of the run itself. With a typed one: if a run of the same settings was started
+        from that, because then the same command goes on; the typed file may be gone since."""
         own = newest_good(self.checkpoints(label))
-        goes_on = own is not None and read_progress(own).resumed_from == self.resume_path_typed
-        return own if path is None or goes_on else path
+        if own is None or not self.resume_path_typed:
+            return own
+        progress = read_progress(own)
+        known = progress.identity.get("configuration", {})
+        same = progress.resumed_from == self.resume_path_typed and not differing(known, self.identity)
+        return own if same else None
 
     def finished(self, data: TextData, label: int | None = None) -> PathOrUrl | None:
         """Return the weights of a complete training; None if it is unfinished.
@@ -104,20 +114,25 @@ class Runs:
         Raises:
             ValueError: the training in the folder has other settings, another tokenizer or other texts.
         """
-        if self.resume_path_typed or not self.resume:
-            return None
-        last = newest_good(self.checkpoints(label))
+        last = self._own(label) if self.resume else None
         if last is None:
             return None
         progress = read_progress(last)
-        ours = {**self.identity, "data.label": data.label, "tokenizer": data.vocabulary.fingerprint}
-        ours["latents"] = data.latents and data.latents.fingerprint
-        check_same_settings(last, progress, ours)
+        check_same_settings(last, progress, self._settings(data))
         if not self._is_done(progress, label):
             return None
         if progress.train_size:
             check_same_texts(progress.train_size, data.train_size)
         return self.model_path(label)
+
+    def check_resumable(self, path: PathOrUrl, data: TextData) -> None:
+        """Raise ValueError if the training at `path` had another tokenizer, network or optimizer."""
+        check_same_settings(path, read_progress(path), self._settings(data), RESUMED)
+
+    def _settings(self, data: TextData) -> dict[str, object]:
+        latents = data.latents and data.latents.fingerprint
+        tokenizer = data.vocabulary.fingerprint
+        return {**self.identity, "data.label": data.label, "tokenizer": tokenizer, "latents": latents}
 
     def _is_done(self, progress: Progress, label: int | None) -> bool:
         patience = self.patience(label)

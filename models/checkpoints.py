@@ -27,7 +27,6 @@ from palimpsest.models.inert_pickle import Inert
 from palimpsest.models.reference_settings import settings_of_reference
 
 _CHARACTERS_OF_A_VALUE = 100
-_RESUMED_FROM = re.compile(r"^ +resume_ckpt_path: (.+)$", re.MULTILINE)  # in the configuration of a run, as YAML
 _MOST_VALUES, _DEEPEST = 1_000_000, 10  # limits of an identity, which consists mostly of the moments of latents
 
 
@@ -130,9 +129,9 @@ def _read_progress(path: str, version: str) -> Progress:
     data = content.get("TextData")
     train_size = data.get("train_size") if isinstance(data, dict) else None
     run = content.get("run")
-    typed = _RESUMED_FROM.search(str(run.get("configuration"))) if isinstance(run, dict) else None
+    resumed_from = run.get("resumed_from") if isinstance(run, dict) else None
     step, identity = int(content["global_step"]), content.get("identity") or {}
-    return Progress(step, waited, best_path, identity, train_size, typed[1].strip("'\"") if typed else None)
+    return Progress(step, waited, best_path, identity, train_size, resumed_from)
 
 
 def _read_lightning_file(path: PathOrUrl, weights: bool = True) -> Checkpoint:

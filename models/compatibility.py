@@ -1,15 +1,18 @@
 """Compatibility of a checkpoint with a run: same settings, same network, same tokenizer, same latents."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
+from palimpsest.common.files import PathOrUrl
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.checkpoints import Checkpoint, Progress
 
 # Settings that change the function of a network. A file may lack some of them.
 FUNCTION = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "time_conditioning")
+# Settings that a training keeps when it goes on with others of its settings changed.
+RESUMED = (*FUNCTION, "tokenizer", "latents", "parameterization", "backbone._target_", "optim._target_",
+           "training.freeze", "classify.sharing", "classify.bigrams")  # fmt: skip
 # Modes that a joint network was trained for; others were never trained.
 MODES = "training.joint_modes"
 MASK = "data.mask_token"
@@ -19,20 +22,29 @@ DEFAULTS = {"data.segments": False}
 READ_FROM_FILES = ("model.", "time_conditioning", "backbone.config")
 
 
-def check_same_settings(path: Path, progress: Progress, ours: dict[str, object]) -> None:
-    """Check that the training at `path` has our settings (key as typed -> value). Settings left open here are not
-    compared. Raises ValueError if they differ; the message lists every difference."""
+def check_same_settings(
+    path: PathOrUrl, progress: Progress, ours: Mapping[str, object], only: Sequence[str] = ()
+) -> None:
+    """Check that the training at `path` has our settings (key as typed -> value), or those of them in `only`. Settings
+    left open here are not compared. Raises ValueError if they differ; the message lists every difference."""
     known = {"data.label": progress.identity.get("label"), "tokenizer": progress.identity.get("tokenizer"),
              "latents": (progress.identity.get("latents") or {}).get("fingerprint")}  # fmt: skip
     theirs = {**progress.identity.get("configuration", {}), **known}
-    left_open = [key for key in {*theirs, *ours} if ours.get(key) is None and key.startswith(READ_FROM_FILES)]
-    keys = [key for key in sorted({*theirs, *ours}) if key not in left_open and theirs.get(key) != ours.get(key)]
+    keys = [key for key in differing(theirs, ours) if not only or key in only]
     if keys:
         listing = "".join(f"\n  {key}: there {theirs.get(key)}, here {ours.get(key)}" for key in keys)
-        raise ValueError(
-            f"{path} was trained with other settings:{listing}\nUse another checkpointing.save_dir for these settings, "
-            "or the old settings to continue there"
+        remedy = (
+            "A training that goes on keeps these; training.from_pretrained takes weights into a new one"
+            if only
+            else "Use another checkpointing.save_dir for these settings, or the old settings to continue there"
         )
+        raise ValueError(f"{path} was trained with other settings:{listing}\n{remedy}")
+
+
+def differing(theirs: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
+    """Return the keys of settings that differ, without those that are left open here."""
+    left_open = [key for key in {*theirs, *ours} if ours.get(key) is None and key.startswith(READ_FROM_FILES)]
+    return [key for key in sorted({*theirs, *ours}) if key not in left_open and theirs.get(key) != ours.get(key)]
 
 
 def check_compatible(checkpoint: Checkpoint, ours: Mapping[str, object], shape: Sequence[str], data: object) -> None:

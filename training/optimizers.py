@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from palimpsest.common.values import IF_SET, BelowOne, NotNegative, Positive
 from palimpsest.models.class_conditioning import class_columns
@@ -75,16 +75,17 @@ def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, object]]
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
-def set_hyperparameters(scheduler: LRScheduler, typed: Sequence[Mapping[str, object]]) -> None:
+def set_hyperparameters(scheduler: LambdaLR, typed: Sequence[Mapping[str, object]]) -> None:
     """Give an optimizer the hyperparameters that were typed, where a checkpoint of other settings brought its own.
 
-    The current learning rate changes by the same factor, so that schedule and plateau=cut keep their places.
+    Cuts of plateau=cut stay. The learning rate of the next step is that of the typed schedule, which may be longer.
     """
     for number, (group, own) in enumerate(zip(scheduler.optimizer.param_groups, typed, strict=True)):
-        changed = own["initial_lr"] != group["initial_lr"]
-        factor = own["initial_lr"] / group["initial_lr"] if changed else 1.0  # a rate may be 0
-        scheduler.base_lrs[number] *= factor
-        group.update({**own, "lr": group["lr"] * factor})
+        if own["initial_lr"] != group["initial_lr"]:
+            cuts = scheduler.base_lrs[number] / group["initial_lr"] if group["initial_lr"] else 1.0
+            scheduler.base_lrs[number] = own["initial_lr"] * cuts
+        rate = scheduler.base_lrs[number] * scheduler.lr_lambdas[number](scheduler.last_epoch)
+        group.update({**own, "lr": rate})
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

@@ -56,7 +56,7 @@ class Signals:
     def __init__(self) -> None:
         self.received = 0  # number of the first signal
         self.phase = Phase.IDLE
-        self.progress = False  # this start has made optimizer steps, so another start would get further
+        self.progress = False  # another start would get further, from the optimizer steps that this one has made
         self.launchers = []  # Lightning's, whose processes end with this one
         # Lightning launched this process: it must exit with status 0, or Lightning kills the first process, whose
         # status is the one that counts.
@@ -129,7 +129,8 @@ class Signals:
         if callable(before):
             before(number, None)
         elif first_process():
-            say(requeue() if self.progress else "not requeued: this start made no optimizer step, nor would another")
+            refused = "not requeued: this start made no optimizer step, or is not to be resumed"
+            say(requeue() if self.progress else refused)
 
 
 SIGNALS = Signals()
@@ -168,8 +169,8 @@ class StopAtSignal(Checkpoint):
     step, because asking waits for the device. A step with a validation ends after it (training/callbacks/best.py).
     """
 
-    def __init__(self, folder: PathOrUrl) -> None:
-        self.folder, self._stop = folder, 0
+    def __init__(self, folder: PathOrUrl, resumes: bool = True) -> None:
+        self.folder, self.resumes, self._stop = folder, resumes, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step, self._between_steps = trainer.global_step, True
@@ -183,7 +184,7 @@ class StopAtSignal(Checkpoint):
         self._between_steps = trainer.global_step != self._step
         if not self._between_steps:
             return
-        self._step, SIGNALS.progress = trainer.global_step, True
+        self._step, SIGNALS.progress = trainer.global_step, self.resumes
         if not validation_due(trainer, batch_idx):
             self._save_if_signalled(trainer, self._step >= self._ask_step)
 
@@ -209,7 +210,8 @@ class StopAtSignal(Checkpoint):
         self._stop = number
         save_last(trainer, self.folder)
         name, step = signal.Signals(number).name, trainer.global_step
-        say(f"{name}: step {step} is saved in {join_path(self.folder, LAST)}; the same command resumes there")
+        how = "" if self.resumes else " without checkpointing.resume_from_ckpt=false"
+        say(f"{name}: step {step} is saved in {join_path(self.folder, LAST)}; the same command{how} resumes there")
 
     def _received(self, trainer: Trainer, ask: bool) -> int:
         """Return the signal that any process received, 0 for none; the answer is the same in all processes."""

@@ -63,6 +63,8 @@ class Run:
     checkpoints: PathOrUrl
     command: str
     settings: str  # the resolved configuration
+    resumes: bool  # checkpointing.resume_from_ckpt
+    resumed_from: str | None  # checkpointing.resume_ckpt_path
     callbacks: Sequence[Callback]
     loggers: Sequence[Logger]
     strategy: Strategy | str
@@ -90,8 +92,16 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
     state = RunState(run.folder, run.title, metrics)
     if run.fitting:
         guard = Guard(run.max_skipped_steps, run.folder, run.settings)
-        record = RunRecord({"command": run.command, "configuration": run.settings})
-        callbacks = [guard, metrics, state, record, BatchArithmetic(), *callbacks, StopAtSignal(run.checkpoints)]
+        record = RunRecord({"command": run.command, "configuration": run.settings, "resumed_from": run.resumed_from})
+        callbacks = [
+            guard,
+            metrics,
+            state,
+            record,
+            BatchArithmetic(),
+            *callbacks,
+            StopAtSignal(run.checkpoints, run.resumes),
+        ]
     settings = {"accelerator": machine.device.type, "num_nodes": machine.num_nodes, **settings}
     if isinstance(settings.get("val_check_interval"), int):  # optimizer steps here, micro-batches in Lightning
         settings["val_check_interval"] *= machine.accumulate

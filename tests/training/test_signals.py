@@ -129,6 +129,16 @@ def test_a_signal_at_the_last_step_ends_the_command_with_the_model_complete(tmp_
     assert "complete: " in capsys.readouterr().out
 
 
+def test_a_training_that_is_not_to_be_resumed_is_not_requeued(tmp_path, monkeypatch, requeued, capfd):
+    monkeypatch.chdir(tmp_path)
+    signal_in(monkeypatch, signal.SIGUSR1, Diffusion, "training_step", 1)
+    with pytest.raises(Interrupted):
+        command(*TINY, "checkpointing.resume_from_ckpt=false")
+    said = capfd.readouterr().err
+    assert not requeued and "command without checkpointing.resume_from_ckpt=false resumes there" in said
+    assert "not requeued: this start made no optimizer step, or is not to be resumed" in said
+
+
 def test_during_evaluation_a_signal_ends_the_command_at_once(tmp_path, monkeypatch, requeued):
     monkeypatch.chdir(tmp_path)
     few = [*TINY, "checkpointing.save_dir=run", "loader.eval_batch_size=2"]
