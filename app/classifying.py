@@ -13,7 +13,7 @@ from palimpsest.classification.bayes import log_prior
 from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
 from palimpsest.classification.typical import UNLIKE, Typical
 from palimpsest.dataloader import TextData, with_texts
-from palimpsest.estimators.nelbo import comparison_mask_sampler
+from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.experiment.classifier import TrainedClassifier
 from palimpsest.report.evidence import shown_evidence
 from palimpsest.report.formatting import format_measurement
@@ -106,9 +106,11 @@ def _attributions(
     experiment = trained.experiment
     first, second = _pair(scores, log_prior_C)
     rows = range(len(data.split(_SPLIT)))
-    noising = comparison_mask_sampler(experiment.build.estimator, trained.models[0].diffusion.objective)
+    estimator = experiment.build.estimator
+    if not isinstance(estimator, Nelbo):
+        return ""
     draws = dict.fromkeys(rows, int(scores.draws_M[0]))
-    nats = token_attributions(trained.models, data, _SPLIT, draws, test, noising, experiment.seed)
+    nats = token_attributions(trained.models, data, _SPLIT, draws, test, estimator, experiment.seed)
     titles = [f"Part {row + 1} of {len(rows)}" if len(rows) > 1 else "Which words spoke" for row in rows]
     report = Report("")
     report.evidence(shown_evidence(data, _SPLIT, {row: (titles[row], first, second) for row in rows}, nats))

@@ -15,8 +15,7 @@ from palimpsest.classification.scoring import SequentialTest
 from palimpsest.common.randomness import evaluation_noise
 from palimpsest.dataloader import TextData
 from palimpsest.estimators.base import Estimator
-from palimpsest.estimators.nelbo import comparison_mask_sampler
-from palimpsest.objectives.mask_sampling import MaskSampler
+from palimpsest.estimators.nelbo import Nelbo, comparison_mask_sampler
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,8 @@ def explain(
     number: int,
     seed: int,
 ) -> list[ExplainedText]:
-    """Return the `number` surest right predictions and as many of the surest wrong ones, with token attributions."""
+    """Return the `number` surest right predictions and as many of the surest wrong ones, with token attributions; none
+    for an estimator that is no mean over masks."""
     scores = result.scores
     data, split = result.data, result.split
     log_odds_MC = scores.log_p_MC + result.log_prior_C
@@ -46,15 +46,14 @@ def explain(
     first_M, second_M = np.take_along_axis(log_odds_MC, ranked_MC[:, :2], 1).T
     by_margin, right_M = (first_M - second_M).argsort()[::-1], ranked_MC[:, 0] == scores.label_M
     surest = [*by_margin[right_M[by_margin]][:number], *by_margin[~right_M[by_margin]][:number]]
-    if not surest:
+    if not surest or not isinstance(estimator, Nelbo):
         return []
     rows = data.split(split)
     row_text_R, sample_R = np.asarray(rows["text_id"][:]), np.asarray(rows["sample_id"][:])
     windows = [np.flatnonzero(row_text_R == scores.text_id_M[m]) for m in surest]
     first = [int(text_rows[sample_R[text_rows].argmin()]) for text_rows in windows]
-    noising = comparison_mask_sampler(estimator, models[0].diffusion.objective)
     draws = {row: int(scores.draws_M[m]) for row, m in zip(first, surest, strict=True)}
-    nats = token_attributions(models, data, split, draws, test, noising, seed)
+    nats = token_attributions(models, data, split, draws, test, estimator, seed)
     two = len(data.label_names) == 2
     return [ExplainedText(int(m), row, len(text_rows), (0, 1) if two else tuple(ranked_MC[m, :2].tolist()), nats_CL)
             for m, row, text_rows, nats_CL in zip(surest, first, windows, nats, strict=True)]  # fmt: skip
@@ -67,14 +66,19 @@ def token_attributions(
     split: str,
     draws: Mapping[int, int],
     test: SequentialTest,
-    noising: MaskSampler | None,
+    estimator: Estimator,
     seed: int,
 ) -> list[np.ndarray]:
     """Return the nats of each token in -log p(row | class), float64 (C, L) for each row; nan on unscored tokens.
 
-    draws: row number -> how many draws the sequential test took. With the test, the mask sampler and the seed of the
+    draws: row number -> how many draws the sequential test took. With the test, the estimator and the seed of the
     measurement, the sum over L is the measured value of the row.
+
+    Raises ValueError for an estimator that is no mean over masks, whose values are no sums over tokens.
     """
+    if not isinstance(estimator, Nelbo):
+        raise ValueError(f"the {estimator.kind} is no sum over tokens; use eval.estimator=auto for attributions")
+    noising = comparison_mask_sampler(estimator, models[0].diffusion.objective)
     device, attributions = models[0].diffusion.device, []
     for row, taken in draws.items():
         batch = {name: column.to(device) for name, column in data.collate(data.split(split)[[row]]).items()}

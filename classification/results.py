@@ -56,9 +56,10 @@ class ClassificationResult:
 
     def after_draws(self) -> tuple[np.ndarray, list[Estimate]]:
         """Return network evaluations per class, and the accuracy after them; stopped texts keep their prediction."""
+        cost = self.scores.passes * self.scores.evaluations_per_draw
         counts = np.unique(np.geomspace(1, self.scores.nats_MCK.shape[2], 13).round().astype(int))
         found = [self.scores.posterior(self.log_prior_C, k) for k in counts]
-        return counts * self.scores.passes, [measure(p, self.scores.label_M).accuracy for p in found]
+        return counts * cost, [measure(p, self.scores.label_M).accuracy for p in found]
 
     def at_mask_rates(self) -> tuple[np.ndarray, list[Estimate]]:
         """Return shares of masked tokens, and the accuracy of a single pass there, of passes that every text took."""
@@ -99,7 +100,7 @@ class ClassificationResult:
             "draws_per_text_and_class": float(scores.draws_M.mean()),
             "network_evaluations_per_text": scores.evaluations_per_text,
             "seconds_per_text": scores.seconds / len(scores.label_M),
-            "accuracy_after_evaluations": _curve("evaluations", *self.after_draws()) if scores.has_masks else None,
+            "accuracy_after_evaluations": _curve("evaluations", *self.after_draws()) if scores.several else None,
             "accuracy_at_mask_rate": _curve("mask_rate", *self.at_mask_rates()) if scores.has_masks else None,
             "temperature": self.fitted.get("temperature"),
             "temperature_by_length": asdict(self.fitted["length"]) if self.fitted else None,

@@ -72,6 +72,8 @@ class ClassScores:
     kind: str  # this and the next two: as in evaluation/likelihood.py
     label: str
     exact: bool
+    behind: int = 1  # draws that each pass is made of, if an estimator is no plain mean
+    weight_MP: np.ndarray | None = None  # sum of the masked tokens' weights, whose mean over masks is `tokens_M`
 
     @property
     def nats_MCK(self) -> np.ndarray:
@@ -136,9 +138,19 @@ class ClassScores:
         return bool(np.nanmax(self.rate_MP, initial=0.0) > 0)
 
     @property
+    def several(self) -> bool:
+        """Return True if a text was drawn more than once."""
+        return not self.exact and self.nats_MCK.shape[2] > 1
+
+    @property
     def draws_M(self) -> np.ndarray:
-        """Network passes per class that each text took."""
-        return np.isfinite(self.nats_MCP[:, 0]).sum(-1)
+        """Masks (orders) per class that each text took."""
+        return np.isfinite(self.nats_MCP[:, 0]).sum(-1) * self.behind
+
+    @property
+    def evaluations_per_draw(self) -> float:
+        """Network evaluations of a text under a class for each of its draws; of a text in windows several."""
+        return float(self.evaluations_M.sum() / (self.draws_M.sum() * self.nats_MCP.shape[1]))
 
 
 def score_classes(
@@ -169,7 +181,7 @@ def score_classes(
     row_text_R = np.asarray(rows["text_id"])
     text_id_M, first_M, text_R = np.unique(row_text_R, return_index=True, return_inverse=True)
     active_M = np.ones(len(text_id_M), dtype=bool)
-    nats, rates = [], []
+    nats, rates, weights = [], [], []
     tokens_M, evaluations_M = None, np.zeros(len(text_id_M), dtype=int)
     start, done = time.perf_counter(), 0
     for look in [test.num_draws] if exact else test.looks(passes, watch is not None and estimator.in_parts):
@@ -183,10 +195,10 @@ def score_classes(
                 "scores every text: set trainer.limit_test_batches=1.0, and limit the texts with data.max_test_texts"
             )
         text_of = text_R[row_numbers(rows, found["sample_id"])]
-        nats_MCP, rate_MP, tokens = _by_text(found, text_of, len(text_id_M))
+        nats_MCP, rate_MP, weight_MP, tokens = _by_text(found, text_of, len(text_id_M))
         tokens_M = tokens if tokens_M is None else tokens_M
         np.add.at(evaluations_M, text_of, found["evaluations"])
-        for gathered, new in ((nats, nats_MCP), (rates, rate_MP)):
+        for gathered, new in ((nats, nats_MCP), (rates, rate_MP), (weights, weight_MP)):
             new[~active_M] = np.nan
             gathered.append(new)
         done = look
@@ -202,6 +214,8 @@ def score_classes(
             estimator.kind,
             estimator.label(model, test.num_draws),
             exact,
+            1 if exact or estimator.in_parts else test.num_draws,
+            np.concatenate(weights, axis=1),
         )
         if watch is not None:
             watch(scores)
@@ -225,19 +239,26 @@ def _draws(
         ]
         nats_BCP = torch.stack([f.logs.get("nats", f.nll_BK).double() for f in found], dim=1)
         masked_BP = found[0].logs.get("num_masked", torch.zeros_like(nats_BCP[:, 0]))
-        return {"sample_id": batch["sample_id"], "nats": nats_BCP, "num_masked": masked_BP.double(),
-                "tokens": found[0].tokens_B, "evaluations": sum(f.evaluations_B for f in found)}  # fmt: skip
+        weight_BP = found[0].logs.get("weight", found[0].tokens_B[:, None].expand_as(nats_BCP[:, 0]))
+        return {
+            "sample_id": batch["sample_id"],
+            "nats": nats_BCP,
+            "num_masked": masked_BP.double(),
+            "weight": weight_BP.double(),
+            "tokens": found[0].tokens_B,
+            "evaluations": sum(f.evaluations_B for f in found),
+        }
 
     return measure
 
 
 def _by_text(
     found: dict[str, np.ndarray], text_of: np.ndarray, num_texts: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sum over the rows of each text: nats (M, C, P), share of masked tokens (M, P), tokens (M,)."""
-    nats = np.zeros((num_texts, *found["nats"].shape[1:]))
-    masked = np.zeros((num_texts, found["num_masked"].shape[1]))
-    tokens_M = np.zeros(num_texts)
-    for total, part in ((nats, found["nats"]), (masked, found["num_masked"]), (tokens_M, found["tokens"])):
-        np.add.at(total, text_of, part)
-    return nats, masked / np.maximum(tokens_M, 1)[:, None], tokens_M
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Sum over the rows of each text: nats (M, C, P), share of masked tokens and their weight (M, P), tokens (M,)."""
+    totals = []
+    for part in (found[name] for name in ("nats", "num_masked", "weight", "tokens")):
+        totals.append(np.zeros((num_texts, *part.shape[1:])))
+        np.add.at(totals[-1], text_of, part)
+    nats_MCP, masked_MP, weight_MP, tokens_M = totals
+    return nats_MCP, masked_MP / np.maximum(tokens_M, 1)[:, None], weight_MP, tokens_M

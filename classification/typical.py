@@ -21,8 +21,15 @@ KEY = "nats_per_token_quantiles"
 
 
 def nats_per_token(scores: ClassScores, log_prior_C: np.ndarray) -> np.ndarray:
-    """Return -log p(text) per token, (M,), where p(text) is the mixture of the classes."""
-    return -logsumexp(scores.log_p_MC + log_prior_C, axis=1) / np.maximum(scores.tokens_M, 1)
+    """Return -log p(text) per token, (M,), where p(text) is the mixture of the classes.
+
+    Most of the noise of a text's estimate is that its few masks weigh more or less than its tokens. That weight is
+    known, so nats are divided by it (a ratio estimator).
+    """
+    tokens_M = np.maximum(scores.tokens_M, 1)
+    weight_M = tokens_M if scores.weight_MP is None else np.nanmean(scores.weight_MP, axis=1)
+    log_p_MC = scores.log_p_MC * (tokens_M / weight_M)[:, None]
+    return -logsumexp(log_p_MC + log_prior_C, axis=1) / tokens_M
 
 
 def quantiles(scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, float]:

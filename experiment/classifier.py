@@ -16,7 +16,6 @@ from palimpsest.classification.scoring import ClassScores, SequentialTest, score
 from palimpsest.classification.typical import Typical
 from palimpsest.data.tokenizers import token_strings
 from palimpsest.dataloader import TextData, with_texts
-from palimpsest.estimators.nelbo import comparison_mask_sampler
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.from_checkpoint import training_identity
 from palimpsest.experiment.running import checked, composed
@@ -131,9 +130,9 @@ class TrainedClassifier:
     def _attributions(
         self, data: TextData, scores: ClassScores, rows_M: list[list[int]], test: SequentialTest, seed: int
     ) -> list[np.ndarray]:
-        noising = comparison_mask_sampler(self.experiment.build.estimator, self.models[0].diffusion.objective)
+        estimator = self.experiment.build.estimator
         draws = {row: int(scores.draws_M[m]) for m, rows in enumerate(rows_M) for row in rows}
-        nats_of_rows = token_attributions(self.models, data, SPLIT, draws, test, noising, seed)
+        nats_of_rows = token_attributions(self.models, data, SPLIT, draws, test, estimator, seed)
         nats = dict(zip(draws, nats_of_rows, strict=True))
         return [-np.concatenate([nats[row][:, : len(_ids(data, row))] for row in rows], axis=1) for rows in rows_M]
 
@@ -196,6 +195,7 @@ def _ids(data: TextData, row: int) -> list[int]:
 def _rows_of_texts(data: TextData, number: int) -> list[list[int]]:
     """Return the rows of each text, in order; several where it is read in windows."""
     rows = data.split(SPLIT)
-    order = np.argsort(np.asarray(rows["sample_id"][:]), kind="stable")
-    text_R = np.asarray(rows["text_id"][:])
-    return [[int(row) for row in order if text_R[row] == m] for m in range(number)]
+    text_R, rows_M = np.asarray(rows["text_id"][:]), [[] for _ in range(number)]
+    for row in np.argsort(np.asarray(rows["sample_id"][:]), kind="stable").tolist():
+        rows_M[text_R[row]].append(row)
+    return rows_M

@@ -284,6 +284,9 @@ class TokenDiffusion(Objective):
             return TokenLoss(sum(part.nll_BL for part in parts), masked_BL, logs)
         weighted = [self._scaled(part, draw, batch) for part, draw in zip(parts, draws, strict=True)]
         logs["nats"] = torch.stack([nll_BL.detach().double().sum(-1) for nll_BL in weighted], dim=1)
+        if parts[0].weight_BL is not None:
+            sums = [part.weight_BL.double().sum(-1) * draw.scale_B for part, draw in zip(parts, draws, strict=True)]
+            logs["weight"] = torch.stack(sums, dim=1)
         return TokenLoss(sum(weighted) / len(weighted), parts[0].mask_BL, logs)
 
     def _scaled(self, part: TokenLoss, draw: Draw, batch: Batch) -> Tensor:

@@ -169,19 +169,25 @@ def _other_texts(report: Report, found: Detection, split: str) -> None:
 
 def _draws(report: Report, result: ClassificationResult, test: SequentialTest) -> None:
     scores = result.scores
-    if scores.exact or not scores.has_masks:
+    if not scores.several:
         return
     report.section("Accuracy by draws", _ABOUT_DRAWS + (_SEQUENTIAL if test.confidence < 1 else ""))
     evaluations, accuracy = result.after_draws()
     curve = (evaluations, [a.value for a in accuracy], [a.se for a in accuracy])
     others = {method.name: method.measures.accuracy.value for method in result.others if method.evaluations is None}
     found = result.plain.measures.accuracy
-    spent = {"sequential": ([scores.draws_M.mean()], [found.value], [found.se])} if test.confidence < 1 else {}
+    spent = (
+        {"sequential": ([scores.draws_M.mean() * scores.evaluations_per_draw], [found.value], [found.se])}
+        if test.confidence < 1
+        else {}
+    )
     figure = figures.accuracy_against_draws({f"{test.masks} masks": curve}, others, spent)
     report.figure(figure, "Accuracy had no text been drawn more often.", "Accuracy against draws")
     if test.confidence < 1:
-        about = f"Evaluations per class until the prediction was certain at {test.confidence}."
+        about = f"Draws per class until the prediction was certain at {test.confidence}."
         report.figure(figures.draws_histogram(scores.draws_M, test.num_draws), about, "Draws per text")
+    if not scores.has_masks:
+        return
     rate, found = result.at_mask_rates()
     figure = figures.accuracy_against_mask_rate(rate, [a.value for a in found], [a.se for a in found])
     report.figure(figure, "Predictions from a single draw.", "Accuracy against mask rate")

@@ -65,7 +65,7 @@ def classify(
         samples.append(samples_of(sampled, data.tokenizer))
     examples = explain(models, result, estimator, test, num_examples, experiment.seed)
     report = Report("Generative classification", f"{data.name}, {split} split", experiment.command, experiment.facts)
-    labels = [None] if result.unconditional else range(len(models))
+    labels = [None] if models[0].class_id is not None else range(len(models))
     folders = [experiment.runs.folder(label) for label in labels]
     classification_report(report, result, test, examples, samples, folders)
     path = write_report(experiment, report, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,11 +13,13 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 
-from palimpsest.classification.attributions import token_attributions
+from palimpsest.classification.attributions import explain, token_attributions
 from palimpsest.classification.methods import ComparedMethods, fit
 from palimpsest.classification.models import ClassModel
 from palimpsest.classification.predictions import predictions_file, read_posterior, write_predictions
 from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
+from palimpsest.classification.typical import nats_per_token
+from palimpsest.estimators.any_order import AnyOrder
 from palimpsest.estimators.nelbo import Nelbo, for_comparison
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.objectives.mask_sampling import Bernoulli, ExactCount, TiltedCount
@@ -119,10 +122,37 @@ def test_token_attributions_add_up_to_the_log_likelihood_ratio(masks):
     found = scores_of(e, models, test)
     place = [found.text_id_M.tolist().index(e.build.data().split("test")[r]["text_id"]) for r in rows]
     draws = {row: int(found.draws_M[m]) for row, m in zip(rows, place, strict=True)}
-    nats = token_attributions(models, e.build.data(), "test", draws, test, TiltedCount(), 3)
+    nats = token_attributions(models, e.build.data(), "test", draws, test, Nelbo(), 3)
     for m, nats_CL in zip(place, nats, strict=True):
         np.testing.assert_allclose(-np.nansum(nats_CL, axis=1), found.log_p_MC[m], rtol=1e-4)
         assert np.isnan(nats_CL[:, 0]).all(), "a given BOS is not weighed"
+
+
+def test_the_likelihood_of_a_text_does_not_depend_on_the_weight_of_its_few_masks():
+    e = experiment()
+    models = two_models(e)
+    test, many = SequentialTest(4, 0.51), SequentialTest(256)
+    few = [score_classes(e.trainer, models, e.build.data(), "test", Nelbo(), test, s, EVEN) for s in range(12)]
+    exact = scores_of(e, models, many)
+    assert np.allclose(exact.weight_MP.mean(1), exact.tokens_M, rtol=0.1)
+    found_SM = np.stack([nats_per_token(one, EVEN) for one in few])
+    plain_SM = np.stack([nats_per_token(replace(one, weight_MP=None), EVEN) for one in few])
+    assert found_SM.std(0).mean() < 0.7 * plain_SM.std(0).mean()
+    se_M = found_SM.std(0, ddof=1) / np.sqrt(len(few))
+    assert np.abs((found_SM.mean(0) - nats_per_token(exact, EVEN)) / se_M).max() < 5
+
+
+def test_an_estimate_from_several_orders_counts_them_and_has_no_parts():
+    e = experiment()
+    models = two_models(e)
+    found = scores_of(e, models, SequentialTest(3), AnyOrder())
+    assert (found.draws_M == 3).all() and not found.several
+    tokens_M = found.tokens_M + 1  # the end is scored and does not count
+    assert found.evaluations_per_draw == pytest.approx(tokens_M.mean(), rel=0.1)
+    with pytest.raises(ValueError, match="is no sum over tokens; use eval.estimator=auto"):
+        token_attributions(models, e.build.data(), "test", {0: 3}, SequentialTest(3), AnyOrder(), 3)
+    result = SimpleNamespace(scores=found, log_prior_C=EVEN, data=e.build.data(), split="test")
+    assert explain(models, result, AnyOrder(), SequentialTest(3), 2, 3) == []
 
 
 def test_a_conditional_network_serves_all_classes():
