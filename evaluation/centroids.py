@@ -51,7 +51,8 @@ def fit_centroids(chunks: Iterable[tuple[np.ndarray, np.ndarray]], num_classes: 
 def nearest_of_class(
     chunks: Iterable[tuple[np.ndarray, np.ndarray]], latent_MD: np.ndarray, wanted_M: np.ndarray
 ) -> np.ndarray:
-    """Return for each latent the nearest by cosine among those of its wanted class in labelled chunks, (M, D)."""
+    """Return for each latent the nearest by cosine among those of its wanted class in labelled chunks, (M, D). Raises
+    ValueError for a class without any."""
     found_MD = np.zeros_like(latent_MD)
     best_M = np.full(len(latent_MD), -np.inf)
     for latent_ND, label_N in chunks:
@@ -60,6 +61,9 @@ def nearest_of_class(
         nearer_M = cosine_MN.max(1) > best_M
         found_MD[nearer_M] = latent_ND[cosine_MN.argmax(1)[nearer_M]]
         best_M = np.maximum(best_M, cosine_MN.max(1))
+    if np.isneginf(best_M).any():
+        absent = sorted(set(wanted_M[np.isneginf(best_M)].tolist()))
+        raise ValueError(f"there is no training text of class {', '.join(map(str, absent))} to edit towards")
     return found_MD
 
 

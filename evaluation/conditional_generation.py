@@ -141,7 +141,7 @@ class JointResult(ConditionalResult):
 
 @dataclass(frozen=True)
 class ConditionalRequest:
-    """A request for conditional generation. Raises ValueError without a split to take texts from."""
+    """A request for conditional generation. Raises ValueError without a split to take texts from, or for one text."""
 
     settings: ConditionalSettings
     split: str | None
@@ -152,6 +152,8 @@ class ConditionalRequest:
     def __post_init__(self) -> None:
         if self.split is None:
             raise ValueError("eval.split=null: conditional generation takes texts and latents from a split; choose one")
+        if self.number < 2:
+            raise ValueError(f"sampling.num_samples={self.number}: latents of other texts are compared; ask for two")
 
     @property
     def folder(self) -> str:

@@ -28,10 +28,12 @@ def check_direction(cfg: DictConfig, objective: Objective) -> None:
     """
     direction = cfg.sampling.direction
     to_class = cfg.classify["class"]
-    guidance = cfg.sampling.guidance
-    if guidance != 1 and not direction and to_class is None:
+    by = cfg.sampling.guidance_by
+    guided = [f"sampling.guidance={cfg.sampling.guidance}"] if cfg.sampling.guidance != 1 else []
+    guided += [f"sampling.guidance_by={by}"] if by != "network" else []
+    if guided and not direction and to_class is None:
         raise ValueError(
-            f"sampling.guidance={guidance} guides towards a class or a latent, but none is given; add classify.class= "
+            f"{' '.join(guided)} guides towards a class or a latent, but none is given; add classify.class= "
             "(or, with algo=mmldlm, sampling.direction=)"
         )
     if not direction:
@@ -53,7 +55,7 @@ def check_direction(cfg: DictConfig, objective: Objective) -> None:
         )
     if to_class is not None:
         raise ValueError(f"classify.class={to_class} means nothing to sampling.direction={direction}; leave it out")
-    prompts = [key for key in ("prefix", "template") if cfg.sampling[key]]
+    prompts = [key for key in ("prefix", "template", "max_length") if cfg.sampling[key]]
     if direction in ("l2t", "t2l", "edit") and prompts:
         raise ValueError(
             f"sampling.{prompts[0]}={cfg.sampling[prompts[0]]}: with sampling.direction={direction} texts are given by "

@@ -166,7 +166,7 @@ def _check_sampler(cfg: DictConfig, objective: Objective, process: Process, samp
             f"sampling.max_length={length} contradicts sampling.predictor=semi_ar, whose texts have model.length + "
             "sampling.stride_length x sampling.num_strides tokens; leave it out"
         )
-    full_rows = cfg.data.wrap or cfg.data.get("fill") or cfg.sampling.template is not None
+    full_rows = cfg.data.wrap or cfg.data.get("fill")
     if sample.lengthens and _writes(cfg) and not full_rows:
         raise ValueError(UNFULL)
 

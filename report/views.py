@@ -103,8 +103,13 @@ def described(protocol: Mapping[str, object]) -> str:
     shown = {key: value for key, value in settings.items()
             if value is not None and not isinstance(value, bool) and value != defaults.get(key)}  # fmt: skip
     hidden = {"remask_eta"} if shown.get("remask") != "remdm" else set()
+    hidden |= set() if settings.get("var_length") else {"min_entropy"}
+    hidden |= set() if settings.get("corrector_steps") else {"corrector_steps", "corrector_tokens", "corrector"}
+    hidden |= set() if settings.get("self_correction_steps") else {"self_correction_steps"}
+    hidden |= {"steps"} if settings.get("first_hitting") else set()
     hidden |= {"order"} if "threshold" in shown or shown.get("remask") == "low_confidence" else set()
     facts = [f"{key.replace('_', ' ')} {value}" for key, value in shown.items() if key not in hidden]
+    facts = ["first hitting", *facts] if settings.get("first_hitting") else facts
     return " · ".join([str(protocol["sampler"]).split(".")[-2].replace("_", " "), *facts])
 
 

@@ -29,6 +29,7 @@ class Sharper(WrappedDenoiser):
 
     A step changes few tokens, so p(x_s | x_t) is mostly the token that is there: a lower temperature of that would keep
     the initial noise. With the leave-one-out posterior, a single token has the sharper distribution exactly.
+    Guidance then mixes predictions of clean tokens, not those of a step.
     """
 
     def __init__(self, inner: Denoiser, choice: TokenChoice) -> None:

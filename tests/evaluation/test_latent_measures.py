@@ -72,6 +72,8 @@ def test_the_nearest_of_a_class_and_the_way_between_two_latents():
     wanted_M = np.array([1, 1, 2, 2, 0, 0])
     chunks = [(latent[start : start + 10], label[start : start + 10]) for start in (0, 10, 20)]
     found_MD = nearest_of_class(chunks, latent[:6].copy(), wanted_M)
+    with pytest.raises(ValueError, match="no training text of class 7 to edit towards"):
+        nearest_of_class(chunks, latent[:6].copy(), wanted_M * 0 + 7)
     for m, wanted in enumerate(wanted_M):
         of_class = latent[label == wanted]
         np.testing.assert_array_equal(found_MD[m], of_class[(unit(of_class) @ unit(latent[m])).argmax()])

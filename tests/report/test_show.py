@@ -167,3 +167,11 @@ def test_the_sampler_is_described_in_a_line():
                 "prefix": "a"}  # fmt: skip
     assert described(protocol) == "unmasking · steps 8 · schedule cosine · order margin · temperature 0.7"
     assert "order" not in described({**protocol, "how": {**how, "remask": "low_confidence"}})
+    block = {"sampler": "palimpsest.samplers.block.sample", "first_hitting": True, "steps": 128, "var_length": False,
+             "min_entropy": 4.0, "context": 8}  # fmt: skip
+    assert described(block) == "block · first hitting · context 8"
+    assert "steps 128 · min entropy 4.0" in described({**block, "first_hitting": False, "var_length": True})
+    corrector = {"corrector_steps": 0, "corrector_tokens": 1, "corrector": "random", "self_correction_steps": 0}
+    noise = {"sampler": "palimpsest.samplers.uniform.sample", "steps": 16, **corrector}
+    assert described(noise) == "uniform · steps 16"
+    assert "corrector steps 2 · corrector tokens 1 · corrector random" in described({**noise, "corrector_steps": 2})

@@ -163,6 +163,7 @@ def test_the_command_line_draws_texts_of_a_class(tmp_path, monkeypatch, algo):
 
 @pytest.mark.parametrize(("typed", "said"), [
     (["sampling.guidance=2"], "sampling.guidance=2.* add classify.class="),
+    (["sampling.guidance_by=unigrams"], "^sampling.guidance_by=unigrams guides .* add classify.class="),
     (["classify.class=positive", "sampling.guidance_by=magic"], "sampling.guidance_by=magic.*network, unigrams"),
     (["classify.class=sideways"], "classify.class=sideways is none of the classes of these texts: negative, positive"),
     (["classify.class=positive"], "classify.class=positive needs a network with class.*sharing=conditional"),

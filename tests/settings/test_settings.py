@@ -406,6 +406,7 @@ def test_a_setting_that_another_one_switches_off_is_refused(line, off, on):
     ("algo=bd3lm block_size=4 sampling.context=6", "sampling.context=6 must be a multiple of block_size=4"),
     ("mode=sample_eval sampling.predictor=semi_ar", "sampling.predictor=semi_ar (also typed as sampling.semi_ar=true)"),
     ("sampling.semi_ar=true", "use wrapped data (data.wrap=true)"),
+    ("sampling.semi_ar=true sampling.template={{5}}", "use wrapped data (data.wrap=true)"),
     ("mode=sample_eval algo=ar classify.sharing=conditional classify.class=0", "writes from left to right; leave it out, and use data.label="),
     ("mode=sample_eval algo=bd3lm classify.sharing=conditional classify.class=0", "writes block after block; leave it out, and use data.label="),
 ])  # fmt: skip
@@ -420,7 +421,7 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_trained(line, said
     "sampling.semi_ar=true eval.generate_samples=false", "mode=sample_eval algo=udlm classify.sharing=conditional classify.class=0",
     "mode=sample_eval algo=bd3lm block_size=128 model.length=128 sampling.predictor=ddpm_cache classify.sharing=conditional classify.class=0",
     "algo=ar classify.sharing=conditional classify.class=0",
-    "mode=sample_eval sampling.semi_ar=true 'sampling.template=The [MASK] .'",
+    "mode=sample_eval sampling.semi_ar=true data.wrap=true 'sampling.template=The [MASK] .'",
 ])  # fmt: skip
 def test_parts_that_fit_are_accepted(line):
     words = shlex.split(line)
