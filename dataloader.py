@@ -343,6 +343,11 @@ class TextData(LightningDataModule):
         return self.settings.streaming and self.settings.max_train_texts is None
 
     def val_dataloader(self) -> DataLoader:
+        number, (_, devices) = len(self.split("validation")), self._rank()
+        if number < devices:
+            raise ValueError(
+                f"{number} validation rows for {devices} devices: raise data.max_valid_texts, or lower trainer.devices"
+            )
         return self.eval_dataloader("validation")
 
     def test_dataloader(self) -> DataLoader:

@@ -55,7 +55,7 @@ def check_settings(data: object) -> None:
          "data.long_texts=truncate might cut a part that others rest on, with data.segments=true; set drop or error"),
         (settings.streaming and data.prompted and truncates,
          "data.long_texts=truncate with data.streaming=true: a prompt that fills its row would end the run; set drop"),
-        (data.prefix_length >= data.length,
+        (data.prefix_length + (packing.bos or packing.chunk_special) >= data.length,
          f"training.prefix_length={data.prefix_length} must leave something of model.length={data.length} to learn"),
         (data.latents is not None and (data.endless or settings.random_crop),
          f"{row_by_row} makes rows while training, and latents need stored rows; leave it out, or set latents=none"),

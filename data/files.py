@@ -197,7 +197,7 @@ def _reader(path: Path) -> Callable[[Path, Columns], Iterator[_Row]]:
     return _READERS[kind]
 
 
-def _open(path: Path, newline: str | None = None, errors: str = "strict") -> TextIO:
+def open_text(path: Path, newline: str | None = None, errors: str = "strict") -> TextIO:
     """Open the uncompressed text of a file. A compressed file that ends too early is an error in all formats."""
     settings = {"encoding": "utf-8-sig", "newline": newline, "errors": errors}
     if path.suffix.lower() == ".zst":
@@ -207,7 +207,7 @@ def _open(path: Path, newline: str | None = None, errors: str = "strict") -> Tex
 
 def _not_utf8(path: Path) -> str:
     """Say which line is not UTF-8, and how to convert the file."""
-    with _open(path, errors="surrogateescape") as file:
+    with open_text(path, errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             found = re.search("[\udc80-\udcff]", line)
             if found:
@@ -361,14 +361,14 @@ def _numbered_lines(file: TextIO) -> Iterator[tuple[int, str]]:
 
 def _txt_rows(path: Path, columns: Columns) -> Iterator[_Row]:
     columns.positions(columns.texts[:1])
-    with _open(path) as file:  # universal newlines, and no other separator ends a line
+    with open_text(path) as file:  # universal newlines, and no other separator ends a line
         for number, line in _numbered_lines(file):
             if line.strip():
                 yield number, (line.removesuffix("\n"),)
 
 
 def _separated_rows(path: Path, columns: Columns, tabs: bool) -> Iterator[_Row]:
-    with _open(path, newline="") as file:
+    with open_text(path, newline="") as file:
         yield from _separated(_tsv_records(file) if tabs else _csv_records(file), columns, "tabs" if tabs else "commas")
 
 
@@ -464,7 +464,7 @@ def _separated(records: Iterator[tuple[int, list[str]]], columns: Columns, separ
 
 
 def _json_rows(path: Path, columns: Columns) -> Iterator[_Row]:
-    with _open(path) as file:
+    with open_text(path) as file:
         filled = ((number, line) for number, line in _numbered_lines(file) if line.strip())
         begin = next(filled, None)
         if begin is None:

@@ -38,7 +38,7 @@ import pyarrow as pa
 from palimpsest.common.values import NAME, TEXT, InsideOne, Name, Positive, PresentPath, list_of
 from palimpsest.data.detokenizers import PUBLISHED, VERSION
 from palimpsest.data.detokenizers import detokenizer as find_detokenizer
-from palimpsest.data.files import Columns, kind_of, matching_files, read_files
+from palimpsest.data.files import Columns, kind_of, matching_files, open_text, read_files, reading
 from palimpsest.data.hub import local_folder, not_found_message, quick_when_offline
 from palimpsest.data.order import MIXED, quotas
 from palimpsest.data.rows import (
@@ -331,10 +331,11 @@ class HubOrFolder:
     def _lines(self, files: Sequence[Path]) -> Iterator[pa.Table]:
         """Yield every line of txt files as the Hub has it; a blank line is an empty text."""
         ends = self.hub_id in _LINES_WITH_ENDS
-        read_lines = (line for path in files for line in path.open(encoding="utf-8-sig"))
-        lines = (line if ends and line.strip() else line.strip() for line in read_lines)
-        while some := list(itertools.islice(lines, _AT_ONCE)):
-            yield pa.table({self.text_columns[0]: pa.array(some, pa.large_string())})
+        for path in files:
+            with reading(path, "DATA_DIR"), open_text(path) as read_lines:
+                lines = (line if ends and line.strip() else line.strip() for line in read_lines)
+                while some := list(itertools.islice(lines, _AT_ONCE)):
+                    yield pa.table({self.text_columns[0]: pa.array(some, pa.large_string())})
 
     def _origin(self, split: str) -> str:
         return f"{self.hub_id} ({self.hub_splits[split]})"

@@ -34,36 +34,42 @@ class _Context:
 
     Attributes:
         ids: tokens that are observed anywhere: BOS and EOS of padded rows.
-        first: whether the first token is observed; prompts always are.
+        first_ids: tokens that are observed at the beginning of a row only; None: the first token always is.
         prefix: length of the observed prefix as a function of the first tokens.
     """
 
     ids: np.ndarray
-    first: bool
+    first_ids: np.ndarray | None
     prefix: Callable[[np.ndarray], np.ndarray]
 
     @classmethod
     def of(cls, data: object, causal: bool) -> _Context:
         """Return the context of a causal model, which has the first token, or of a model that uses the batches'
         `given`."""
-        collate = data.collate
+        collate, none = data.collate, np.zeros(0, dtype=np.int64)
         if causal or data.fill:  # the end is scored; BOS may have the id of EOS, so its position decides
-            return cls(np.zeros(0, dtype=np.int64), causal or len(collate.frame_ids) > 0, collate.leading)
-        return cls(collate.frame_ids, False, collate.leading)
+            return cls(none, None if causal else collate.frame_ids, collate.leading)
+        return cls(collate.frame_ids, none, collate.leading)
 
     def leading(self, rows: object) -> np.ndarray:
         """Return the number of observed tokens at the beginning of each row, (M,)."""
-        ids = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
-        prefix_M = np.maximum(self.prefix(pc.list_element(ids, 0).to_numpy()), self.first)
+        first_M = first_tokens(rows)
+        observed_M = np.ones_like(first_M) if self.first_ids is None else np.isin(first_M, self.first_ids)
+        prefix_M = np.maximum(self.prefix(first_M), observed_M)
         if "part_ends" in rows.column_names:
             return np.maximum(np.array([ends[0] for ends in rows["part_ends"][:]]), prefix_M)
         return prefix_M
 
 
+def first_tokens(rows: object) -> np.ndarray:
+    """Return the first token of each row, (M,)."""
+    return pc.list_element(rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"], 0).to_numpy()
+
+
 def token_counts(data: object, causal: bool = False, by_class: bool = False) -> np.ndarray:
     """Return the count of each token in the training rows, (1, V), or `by_class` in each class, (C, V).
 
-    Observed tokens (see `unigram_nll`) are left out, except the first one of a causal model's rows without prompts.
+    Observed tokens (see `unigram_nll`) are left out, except the first word of a causal model's rows without prompts.
     """
     rows, size = data.split("train"), data.vocabulary.size
     column = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
@@ -71,7 +77,11 @@ def token_counts(data: object, causal: bool = False, by_class: bool = False) -> 
     labels = np.asarray(rows["label"][:]) if by_class else np.zeros(len(rows), dtype=np.int64)
     context = _Context.of(data, causal)
     everything = causal and "part_ends" not in rows.column_names
-    leading_M = np.zeros(len(rows), dtype=np.int64) if everything else context.leading(rows)
+    if everything:
+        packing = data.packings["train"]
+        leading_M = (first_tokens(rows) == data.vocabulary.bos_id) * (packing.bos or packing.chunk_special)
+    else:
+        leading_M = context.leading(rows)
     start = 0
     for chunk in column.chunks:  # one at a time, because the ids of a large split may not fit into memory
         here, lengths = slice(start, start + len(chunk)), chunk.value_lengths().to_numpy()

@@ -89,6 +89,8 @@ class UserFiles:
                     f"data.detokenizer={detokenizer} applies to whole texts, and data.prompt_column={prompt_column} "
                     "puts prompts in front of them; set one of them to null"
                 )
+        if prompt_column == text_column:
+            raise ValueError(f"data.prompt_column={prompt_column} is the column of the texts; name that of the prompts")
         if label_column and label_column in (text_column, prompt_column):
             raise ValueError(f"data.label_column={label_column} is a column of the texts; name that of the labels")
         self.given_names = tuple(str(name).strip() for name in label_names) if label_names else None

@@ -6,11 +6,12 @@ from typing import Annotated
 
 from palimpsest.common.files import PathOrUrl, exists
 from palimpsest.common.values import IF_SET, FilePath, Length
+from palimpsest.data.stream import check_same_texts
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion, Provenance
 from palimpsest.experiment.building import Builder, with_label
 from palimpsest.experiment.runs import Runs
-from palimpsest.models.checkpoints import Checkpoint, read_checkpoint
+from palimpsest.models.checkpoints import Checkpoint, read_checkpoint, read_progress
 from palimpsest.models.compatibility import FUNCTION, check_compatible
 from palimpsest.models.freezing import refuse_frozen, summary
 from palimpsest.settings.identity import identity
@@ -54,6 +55,8 @@ class Weights:
         shape = (*FUNCTION, "model.mask_padding", "block_size", "data.segments", "data.segment_room")
         shape += ("model.length",) if "configuration" in checkpoint.identity and not self._any_length() else ()
         check_compatible(checkpoint, identity(self.build.cfg), (*shape, "parameterization"), data)
+        if not self.writes:
+            self._warn_of_other_texts(checkpoint, data)
         diffusion = self.build.diffusion(data)
         checkpoint.load_into(diffusion.backbone, use_ema=not disable_ema)
         diffusion.ema = None
@@ -65,6 +68,18 @@ class Weights:
     def _any_length(self) -> bool:
         """Return True if texts may be longer than in training: block diffusion samples with an attention window."""
         return self.build.objective_name == "bd3lm" and self.writes and not self.build.cfg.data.get("segments")
+
+    def _warn_of_other_texts(self, checkpoint: Checkpoint, data: TextData) -> None:
+        """Warn if files have changed since the training, because held-out parts that are cut from them change too."""
+        ours = {key: value for key, value in identity(self.build.cfg).items() if key.startswith("data.")}
+        same = all(checkpoint.settings.get(key, value) == value for key, value in ours.items())
+        own = "configuration" in checkpoint.identity and checkpoint.step is not None
+        if not own or checkpoint.identity.get("label") != data.label or not same:
+            return
+        try:
+            check_same_texts(read_progress(checkpoint.path).train_size, data.train_size)
+        except ValueError as error:
+            log.warning("%s\nHeld-out texts may be among those that %s was trained on", error, checkpoint.path)
 
     def _check_length(self, checkpoint: Checkpoint) -> None:
         """Refuse texts that are too long for a measurement, and warn if the length differs from the training."""

@@ -199,7 +199,7 @@ class Shards:
         if not file.is_file():
             raise FileNotFoundError(
                 f"{KEY}={self.path} has no {file.name}, so that the {split} split has no latents; "
-                f"scripts/prepare_latents.py --splits {split} writes it"
+                "scripts/prepare_latents.py with another --out and without --splits writes a folder with all splits"
             )
         self._check_files(cache_dir)
         settings = {**self._settings, "split": split, "max_overlap": self.max_overlap}

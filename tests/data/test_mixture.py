@@ -48,6 +48,16 @@ def test_quotas_are_whole_and_sum_up():
     assert quotas([1, 1, 1]).tolist() == [334, 333, 333] and quotas([3, 1]).tolist() == [750, 250]
 
 
+def test_no_held_out_text_of_any_corpus_is_trained_on(paths, tmp_path):
+    (tmp_path / "b.txt").write_text((tmp_path / "a.txt").read_text() + "".join(f"b{i}\n" for i in range(200)))
+    data = data_of({"a": paths["a"], "b": str(tmp_path / "b.txt")}, {"a": 1, "b": 3})
+    trained = set(data.texts("train")["text"][:])
+    for measured in data.source.sources.values():
+        for split in ("validation", "test"):
+            assert not trained & set(measured.load(split)["text"][:])
+    assert any(text.startswith("b") for text in trained) and any(text.startswith("a") for text in trained)
+
+
 @pytest.mark.parametrize("wrap", [False, True])
 def test_training_takes_the_shares_and_resumes(paths, wrap):
     data = data_of(paths, {"a": 1, "b": 3}, wrap=wrap)

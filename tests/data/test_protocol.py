@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 
 import datasets
@@ -132,6 +133,12 @@ def test_special_tokens_are_read_out_of_the_text_and_a_mask_is_refused(bert, fol
     plain = HubOrFolder("someone/lines", "look_alike", {"test": "test.txt"}, {"test": "test"})
     path.write_text("w1 [SEP] w2\n" * 20)
     assert rows_of(plain, bert, folder)[0][1:6] == [WORDS.index("w1"), 3, WORDS.index("w2"), 2, WORDS.index("w1")]
+    path.with_name("test.txt.gz").write_bytes(gzip.compress(path.read_bytes()))
+    packed = HubOrFolder("someone/lines", "look_alike", {"test": "test.txt.gz"}, {"test": "test"})
+    assert rows_of(packed, bert, folder) == rows_of(plain, bert, folder)
+    path.write_bytes("é\n".encode("latin-1") * 20)
+    with pytest.raises(ValueError, match=r"DATA_DIR=.*test.txt cannot be read: .*line 1"):
+        rows_of(plain, bert, folder)
     path.write_text("w1 [MASK] w2\n" * 20)
     with pytest.raises(ValueError, match="mask token.*data.protocol"):
         rows_of(plain, bert, folder)

@@ -14,7 +14,7 @@ import torch
 from palimpsest.common.metrics import Estimate, NLLMeter
 from palimpsest.corpora.reviews import ReviewGrammar
 from palimpsest.data.collate import Collate
-from palimpsest.data.unigram import unigram_nll
+from palimpsest.data.unigram import token_counts, unigram_nll
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.evaluation.likelihood import Precision, row_numbers, score
 from palimpsest.experiment.experiment import Experiment
@@ -47,6 +47,22 @@ def test_the_ratio_estimate_and_its_error():
 def test_nothing_measured_is_an_error():
     with pytest.raises(ValueError, match="empty"):
         NLLMeter().estimate()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_unigram_baseline_begins_where_scoring_does(causal):
+    """The second row is a window without BOS (id 0): a bound scores its first token, a causal model is given it."""
+    rows = datasets.Dataset.from_dict({"input_ids": [[0, 2, 2, 1], [3, 2, 1]]})
+    packing = SimpleNamespace(bos=True, chunk_special=False)
+    data = SimpleNamespace(
+        collate=Collate(5, 1, (0,), fill=True), fill="eos", vocabulary=SimpleNamespace(size=4, bos_id=0),
+        split=lambda name: rows, packings={"train": packing},
+    )  # fmt: skip
+    counts_V = np.array([0, 2, 3, 1])
+    np.testing.assert_array_equal(token_counts(data, causal)[0], counts_V)
+    nats_V = -np.log((counts_V + 1) / (counts_V + 1).sum())
+    second = [2, 1] if causal else [3, 2, 1]
+    assert unigram_nll(data, "test", causal) == pytest.approx([nats_V[[2, 2, 1]].sum(), nats_V[second].sum()])
 
 
 def test_unigram_baseline_leaves_given_tokens_out():

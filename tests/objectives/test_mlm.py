@@ -277,6 +277,7 @@ def test_the_figure_labels_its_lines():
     ("data.fill=eos lets a model write", ["algo=mlm", "data.fill=eos"]),
     ("T=7", ["algo=mlm", "T=7"]), ("training.prefix_length=-1", ["training.prefix_length=-1"]),
     ("training.prefix_length=72 must leave something of model.length=72", ["training.prefix_length=72"]),
+    ("training.prefix_length=71 must leave something of model.length=72", ["training.prefix_length=71"]),
     ("training.prefix_length=few must be a whole", ["training.prefix_length=few"]),
     ("means nothing to parameterization=ar", ["algo=ar", "training.masking=rates"]),
     ("resample=true means nothing .* masking=bernoulli", ["algo=mlm", "training.resample=true"]),

@@ -351,6 +351,7 @@ def test_two_limits_of_mask_rates_and_a_correction_without_a_bound_are_refused()
         ("algo=bd3lm block_size=4 noise=clipped training.sampling_eps_min=0.2", "noise=clipped both limit the mask rates"),
         ("training.time_density=bell_corrected training.loss_weight=uniform", "use training.time_density=bell, or training.loss_weight=elbo"),
         ("data.tokenizer_folder=x", "data.tokenizer_folder=x is for tokenizers that are files"),
+        ("data=text data.path=x data.prompt_column=text", "data.prompt_column=text is the column of the texts"),
     ]:  # fmt: skip
         with pytest.raises((ValueError, HydraException), match=said):
             experiment = running.checked(compose_config(translate(line.split())), "test")

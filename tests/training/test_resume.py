@@ -56,7 +56,9 @@ def test_a_finished_run_is_not_changed(tmp_path, monkeypatch, capsys):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_other_texts_in_the_same_files_are_refused_by_a_finished_and_by_an_unfinished_run(tmp_path, monkeypatch):
+def test_other_texts_in_the_same_files_are_refused_by_a_finished_and_by_an_unfinished_run(
+    tmp_path, monkeypatch, caplog
+):
     monkeypatch.chdir(tmp_path)
     texts = [f"text number {number}" for number in range(200)]
     Path("texts.txt").write_text("\n".join(texts))
@@ -64,7 +66,11 @@ def test_other_texts_in_the_same_files_are_refused_by_a_finished_and_by_an_unfin
     few += ["checkpointing.save_dir=run", "sampling.num_sample_log=0", "data.max_train_texts=null"]
     trained(*few, "trainer.max_steps=2")
     trained(*few, "trainer.max_steps=3")  # the same texts
+    run(*few, "trainer.max_steps=3", "mode=ppl_eval")
+    assert "the texts have changed" not in caplog.text
     Path("texts.txt").write_text("\n".join([*texts, "one more"]))
+    run(*few, "trainer.max_steps=3", "mode=ppl_eval")
+    assert "the texts have changed" in caplog.text and "Held-out texts may be among those that" in caplog.text
     for steps in (3, 4):
         with pytest.raises(ValueError, match="the texts have changed since this training began: 180 texts of"):
             run(*few, f"trainer.max_steps={steps}")
