@@ -75,7 +75,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
         if not files or not files[0].exists():
             raise FileNotFoundError(f"{path}: there is no results.json in it or below it; name the folder of a run")
         runs += [_read(file) for file in files]
-    return runs
+    return list({run.folder.resolve(): run for run in runs}.values())
 
 
 def _read(file: Path) -> Run:
@@ -91,6 +91,8 @@ def _read(file: Path) -> Run:
             found[name] = Estimate(float(value), float("nan"))
     settings = {key: value for key, _, value in typed}
     protocol = results.get("protocol", {})
+    if protocol.get("steps") and "trainer.max_steps" in settings:  # of the model, which may have been there before
+        settings["trainer.max_steps"] = str(protocol["steps"])
     if "law" in protocol:  # its name in older results
         protocol["distribution"] = protocol.pop("law")
     return Run(file.parent, settings, found, protocol, _speed(file.parent))

@@ -151,8 +151,9 @@ def _check_sampler(cfg: DictConfig, objective: Objective, process: Process, samp
     if kind not in sample.processes:
         fitting = "uniform" if issubclass(kind, Resampling) else "ddpm_cache"
         raise ValueError(
-            f"sampling.predictor={name.split('.')[-2]} writes texts of the process {sample.processes[0].__name__}, and "
-            f"parameterization={objective.name} is of {kind.__name__}; use sampling.predictor={fitting}"
+            f"sampling.predictor: samplers/{name.split('.')[-2]}.py writes texts of the process "
+            f"{sample.processes[0].__name__}, and parameterization={objective.name} is of {kind.__name__}; use "
+            f"sampling.predictor={fitting}"
         )
     if not issubclass(objective.model_class, sample.denoiser):
         raise ValueError(mismatch(sample.__module__, objective.model_class, sample.denoiser))

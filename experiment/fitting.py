@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import OmegaConf
 
 from palimpsest.classification.class_ngrams import PairCounts, class_biases
 from palimpsest.common.files import PathOrUrl
 from palimpsest.data.unigram import pairs_by_text, token_counts
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
+from palimpsest.models.checkpoints import read_progress
+from palimpsest.settings.identity import word
 from palimpsest.training.callbacks.best import Patience, save_last
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ def fit(experiment: Experiment, label: int | None = None) -> PathOrUrl:
         ValueError: the folder holds a training with other settings.
     """
     if path := experiment.runs.finished(experiment.build.data(label), label):
-        print(f"complete: {path}")
+        print(f"complete: {path}", *_measured_otherwise(experiment, path), sep="\n")
         return path
     with experiment.runs.lock(label):
         # Another process may have trained it while this one waited.
@@ -70,6 +73,21 @@ def _fit(experiment: Experiment, label: int | None) -> PathOrUrl:
         cause = f"{patience} validations were not better" if waited else "trainer.max_time or a callback ended it"
         print(f"stopped at step {trainer.global_step}: {cause}")
     return experiment.runs.model_path(label)
+
+
+def _measured_otherwise(experiment: Experiment, path: PathOrUrl) -> list[str]:
+    """Return a remark on settings that weights depend on, but not the folder: a run is found again on another machine.
+
+    How often and on what it is validated decides about the learning rate of plateau=cut and the mask rates of bd3lm.
+    """
+    theirs, ours = OmegaConf.create(read_progress(path).configuration), OmegaConf.create(experiment.build.settings)
+    keys = ["trainer.precision"]
+    if ours.plateau or OmegaConf.select(ours, "training.clip_search_widths"):
+        keys += ["trainer.val_check_interval", "trainer.limit_val_batches", "data.max_valid_texts"]
+    before = {key: OmegaConf.select(theirs, key) for key in keys if theirs}
+    other = [f"{key}={word(was)}" for key, was in before.items() if was != OmegaConf.select(ours, key)]
+    remark = f"it was trained with {' '.join(other)}; another checkpointing.save_dir= trains with the typed settings"
+    return [remark] if other else []
 
 
 def initialise(experiment: Experiment, diffusion: Diffusion, data: TextData, shared: PathOrUrl | None) -> None:

@@ -27,7 +27,7 @@ from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.from_checkpoint import checkpoint_path, complete
 from palimpsest.experiment.running import checked, composed, run
 from palimpsest.models.checkpoints import read_contents, read_settings
-from palimpsest.settings.command_line import in_quotes
+from palimpsest.settings.command_line import in_quotes, key_of
 from palimpsest.settings.identity import overrides, word
 from palimpsest.training.processes import quiet_lightning
 
@@ -177,6 +177,8 @@ class TrainedModel:
             ValueError: the prompt or the template does not fit, or the sampler does not fit the model.
             FileNotFoundError: the training texts are not there; name a length.
         """
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"number={number!r}: give a number of texts")
         typed = [f"sampling.predictor={sampler}"] if sampler else []
         typed += [f"sampling.steps={steps}"] if steps is not None else []
         drawing = self._with(typed).build.drawing(self.diffusion.provenance.length)
@@ -205,13 +207,17 @@ def load(path: str | Path, *typed: str) -> TrainedModel:
     known = read_settings(file, "path").identity
     words = ["mode=sample_eval", f"eval.checkpoint_path={in_quotes(str(file))}", *typed]
     ours = "configuration" in known
+    sizes = [one for one in typed if key_of(one) == "model"]
+    if ours and sizes:
+        raise ValueError(f"{sizes[0]}: the sizes of the network are those of {file}; leave it out")
     words = [*overrides(known["configuration"]), *words] if ours else complete([*_PUBLISHED, *words])
     experiment = checked(composed(words), "palimpsest.load")
     label = known.get("label")
     data = experiment.build.data(label)
     record = (read_contents(file).get("run") or {}).get("tokenizer") if ours else None
     tokenizer = tokenizer_from_record(record) if record is not None else None
-    if tokenizer is not None and vocabulary(tokenizer).fingerprint == known.get("tokenizer"):
+    other = any(key_of(one) in ("data.tokenizer_name_or_path", "data.vocab_size", "data.mask_token") for one in typed)
+    if not other and tokenizer is not None and vocabulary(tokenizer).fingerprint == known.get("tokenizer"):
         data.tokenizer = tokenizer  # else it is built again from the training texts
     diffusion = experiment.weights.trained(data, str(file), experiment.weights.disable_ema)
     return TrainedModel(str(file), experiment, data, diffusion, label, words)

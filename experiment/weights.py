@@ -51,10 +51,10 @@ class Weights:
                 "or name one with eval.checkpoint_path="
             )
         checkpoint = read_checkpoint(path)
-        self._check_length(checkpoint)
         shape = (*FUNCTION, "model.mask_padding", "block_size", "data.segments", "data.segment_room")
         shape += ("model.length",) if "configuration" in checkpoint.identity and not self._any_length() else ()
         check_compatible(checkpoint, identity(self.build.cfg), (*shape, "parameterization"), data)
+        self._check_length(checkpoint)
         if not self.writes:
             self._warn_of_other_texts(checkpoint, data)
         diffusion = self.build.diffusion(data)

@@ -107,6 +107,7 @@ class Progress:
     identity: dict[str, object]  # as in `Checkpoint`
     train_size: dict[str, int] | None  # number of texts and bytes, if it is known
     resumed_from: str | None = None  # what checkpointing.resume_ckpt_path was
+    configuration: str = ""  # of the command, as YAML
 
 
 def read_progress(path: PathOrUrl) -> Progress:
@@ -129,9 +130,10 @@ def _read_progress(path: str, version: str) -> Progress:
     data = content.get("TextData")
     train_size = data.get("train_size") if isinstance(data, dict) else None
     run = content.get("run")
-    resumed_from = run.get("resumed_from") if isinstance(run, dict) else None
+    run = run if isinstance(run, dict) else {}
     step, identity = int(content["global_step"]), content.get("identity") or {}
-    return Progress(step, waited, best_path, identity, train_size, resumed_from)
+    configuration = str(run.get("configuration", ""))
+    return Progress(step, waited, best_path, identity, train_size, run.get("resumed_from"), configuration)
 
 
 def _read_lightning_file(path: PathOrUrl, weights: bool = True) -> Checkpoint:

@@ -54,7 +54,8 @@ def check_compatible(checkpoint: Checkpoint, ours: Mapping[str, object], shape: 
     theirs = {**(DEFAULTS if "configuration" in checkpoint.identity else {}), **checkpoint.settings}
     ours = {**DEFAULTS, **ours}
     differing = [f"{key}={theirs[key]}" for key in shape
-                 if key in theirs and _uses(theirs, key) and ours.get(key) not in (None, theirs[key])]  # fmt: skip
+                 if key in theirs and _uses(theirs, key) and ours.get(key) not in (None, theirs[key])
+                 and not _one_model(key, theirs, ours)]  # fmt: skip
     if theirs.get("data.segments") and not ours["data.segments"]:  # segments defined the blocks of its training
         differing = [setting for setting in differing if not setting.startswith("block_size=")]
     evaluated = "parameterization" in shape and "configuration" in checkpoint.identity
@@ -90,6 +91,11 @@ def _uses(theirs: Mapping[str, object], key: str) -> bool:
     """Return whether the network of one of our files uses a setting; AR has no cond_dim, for example."""
     of_network = key in (*FUNCTION, "model.mask_padding") and any(name.startswith("backbone.") for name in theirs)
     return not of_network or f"backbone.{key.removeprefix('model.')}" in theirs
+
+
+def _one_model(key: str, theirs: Mapping[str, object], ours: Mapping[str, object]) -> bool:
+    """Return whether the objectives are UDLM and DUO, which is a training of it."""
+    return key == "parameterization" and {theirs[key], ours.get(key)} == {"udlm", "duo"}
 
 
 def _other_tokens(checkpoint: Checkpoint, data: object) -> bool:

@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     tokens.add_argument("--top-p", type=float, help="of --sampling nucleus (0.9)")
     tokens.add_argument("--temperature", type=float)
     order = out.add_argument_group("order of positions")
-    order.add_argument("--steps", type=int, help="network evaluations, at most")
+    order.add_argument("--steps", type=int, help="network evaluations, at most; of a block model for each block")
     order.add_argument("--schedule", help="number of masks that each step leaves: linear, cosine, exponential")
     order.add_argument("--order", help="positions that go first: random, left_to_right, confidence, margin, entropy")
     order.add_argument("--threshold", type=float, help="unmask all positions with at least this confidence")
@@ -90,6 +90,8 @@ def arguments(args: argparse.Namespace) -> list[str]:
     settings |= {{**UNMASKING, **TEXTS}[name]: value for name, value in typed.items()}
     settings |= {key: "true" for key in ("sampling.show", "sampling.gif") if getattr(args, key.partition(".")[2])}
     keys = [argument.partition("=")[0].lstrip("+") for argument in args.overrides]
+    if args.seed is not None and "seed" in keys:
+        raise ValueError(f"--seed {args.seed} and seed= are the same; leave one of them out")
     replaced = {command_line.ALIASES.get(key, key) for key in keys}
     ours = overrides(configuration)
     ours += [f"{key}={quoted(key, value)}" for key, value in settings.items() if value is not None]

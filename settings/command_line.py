@@ -434,7 +434,9 @@ def explain(error: BaseException, words: Sequence[str] | None = None) -> str:
                 compose_config(_choices_typed(typed)),
             )
         if isinstance(chain, OverrideParseException):
-            key, _, value = chain.override.partition("=")
+            key, given, value = chain.override.partition("=")
+            if not given:
+                return f"{key} has no value; type {key}=..."
             return (
                 f"{chain.override} cannot be read ({str(chain).splitlines()[0]}); if {value} is a text, put it in "
                 f"two pairs of quotes: {key}='\"{value}\"'"

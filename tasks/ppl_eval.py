@@ -37,7 +37,10 @@ def ppl_eval(
         "tokens": int(scores.tokens_M.sum()), "network_evaluations_per_text": scores.evaluations_per_text,
         **(gain.results() if gain else {}),
     }  # fmt: skip
-    known = protocol(experiment.protocol, data, split, scores) | {"trained_length": diffusion.provenance.length}
+    known = protocol(experiment.protocol, data, split, scores) | {
+        "trained_length": diffusion.provenance.length,
+        "steps": diffusion.provenance.steps,
+    }
     write_columns(folder / LIKELIHOODS, scores.columns())
     write_results(folder, {**results, "protocol": known, "command": experiment.command})
     remark = untrained_marginal(diffusion.objective)

@@ -29,7 +29,7 @@ def train(
     scores = score(trainer, diffusion, data.eval_dataloader("validation", trainer=trainer), *how, drop_latent)
     measured = likelihood(data, "validation", scores, experiment.build.truth)
     results = {**measured.results(), "checkpoint": checkpoint}
-    known = protocol(experiment.protocol, data, "validation", scores)
+    known = protocol(experiment.protocol, data, "validation", scores) | {"steps": diffusion.provenance.steps}
     write_columns(folder / LIKELIHOODS, scores.columns())
     write_results(folder, {**results, "protocol": known, "command": experiment.command})
     number = num_samples if generate_samples else 0

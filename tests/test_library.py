@@ -146,6 +146,16 @@ def test_what_does_not_fit_is_refused(folder, model, monkeypatch):
         palimpsest.load("run/label=1", "data.long_texts=drop").log_likelihood(["x", "The film is dull . " * 50])
     with pytest.raises(ValueError, match="data.wrap=true cuts rows .* load the model with data.wrap=false"):
         palimpsest.load("run/label=1", "data.wrap=true").log_likelihood(TEXTS)
+    for word in ("data.tokenizer_name_or_path=char", "data.vocab_size=7"):
+        with pytest.raises(ValueError, match="another tokenizer|data.vocab_size=7"):
+            palimpsest.load("run/label=1", word)
+    with pytest.raises(ValueError, match="model=tiny: the sizes of the network are those of .*; leave it out"):
+        palimpsest.load("run/label=1", "model=tiny")
+    for number in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"number={number}: give a number of texts"):
+            model.sample(number)
+    with pytest.raises(ValueError, match="7 is no text; give a list of texts"):
+        model.log_likelihood(["The film is dull .", 7])
     for length in (1, 1000):
         with pytest.raises(ValueError, match=f"length={length} must lie in 2..72"):
             model.sample(length=length)

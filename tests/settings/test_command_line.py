@@ -148,6 +148,9 @@ def test_what_can_not_be_read_says_how_to_quote_it():
     with pytest.raises(Exception, match="李") as caught:
         compose_config(["seed=李"])
     assert "seed='\"李\"'" in explain(caught.value)
+    with pytest.raises(HydraException) as caught:
+        compose_config(["optim.lr"])
+    assert explain(caught.value) == "optim.lr has no value; type optim.lr=..."
 
 
 @pytest.mark.parametrize(("argument", "said"), [

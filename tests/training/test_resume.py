@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import signal
@@ -176,6 +177,27 @@ def test_a_share_of_too_few_validation_batches_is_refused_plainly(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"^lightning.Trainer refuses a setting of trainer: .*limit_val_batches"):
         run(*FIT, "trainer.limit_val_batches=0.01")
+
+
+def test_what_a_complete_training_had_otherwise_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    few = [*FIT, "checkpointing.save_dir=a", "trainer.max_steps=2"]
+    run(*few)
+    capsys.readouterr()
+    for typed, said in (
+        (["trainer.precision=bf16"], "it was trained with trainer.precision="),
+        (["trainer.val_check_interval=1"], None),
+    ):
+        results = run(*few, *typed)
+        out = capsys.readouterr().out
+        assert "complete: " in out and (said in out if said else "it was trained with" not in out)
+    run(*few, "trainer.max_steps=1", "mode=ppl_eval")
+    known = json.loads(next(tmp_path.rglob("ppl_eval/validation/results.json")).read_text())["protocol"]
+    assert known["steps"] == 2 and results["checkpoint"].name == "last.ckpt"
+    cut = [*few, "plateau=cut", "checkpointing.save_dir=b"]
+    run(*cut)
+    run(*cut, "trainer.val_check_interval=1")
+    assert "it was trained with trainer.val_check_interval=2; another" in capsys.readouterr().out
 
 
 def test_a_trial_of_one_batch_leaves_the_run_alone(tmp_path, monkeypatch):
