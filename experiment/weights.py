@@ -51,10 +51,11 @@ class Weights:
                 "or name one with eval.checkpoint_path="
             )
         checkpoint = read_checkpoint(path)
+        self._check_length(checkpoint)
         shape = (*FUNCTION, "model.mask_padding", "block_size", "data.segments", "data.segment_room")
         shape += ("model.length",) if "configuration" in checkpoint.identity and not self._any_length() else ()
         check_compatible(checkpoint, identity(self.build.cfg), (*shape, "parameterization"), data)
-        self._check_length(checkpoint)
+        self._warn_of_length(checkpoint)
         if not self.writes:
             self._warn_of_other_texts(checkpoint, data)
         diffusion = self.build.diffusion(data)
@@ -82,7 +83,7 @@ class Weights:
             log.warning("%s\nHeld-out texts may be among those that %s was trained on", error, checkpoint.path)
 
     def _check_length(self, checkpoint: Checkpoint) -> None:
-        """Refuse texts that are too long for a measurement, and warn if the length differs from the training."""
+        """Refuse texts that are too long for a measurement."""
         longest = checkpoint.settings.get("model.length")
         block_diffusion = self.build.objective_name == "bd3lm"
         if block_diffusion and longest and self.length > longest and not self._any_length():
@@ -90,6 +91,9 @@ class Weights:
                 f"model.length={self.length} is longer than the {longest} tokens that {checkpoint.path} was trained "
                 "on; longer texts can be sampled with a window (mode=sample_eval), but not measured, nor can segments"
             )
+
+    def _warn_of_length(self, checkpoint: Checkpoint) -> None:
+        longest = checkpoint.settings.get("model.length")
         if longest not in (None, self.length):
             log.warning(
                 "model.length=%d: %s was trained on texts of %d tokens; leave model.length out to use that length",

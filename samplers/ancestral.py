@@ -15,24 +15,31 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from palimpsest.common.positions import Positions
-from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import Count
-from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing, unmask_step
 from palimpsest.samplers import analytic
-from palimpsest.samplers.base import Planned, Request, TokenChoice, run, sampler, time_grid
-from palimpsest.samplers.trace import Trace, Watcher
+from palimpsest.samplers.base import Planned, Request, sampler_of, time_grid
+from palimpsest.samplers.trace import Trace
 
 
 @dataclass(kw_only=True)
 class Ancestral(Planned):
-    """Unmask each position at a time of a grid; the last step writes the most likely tokens."""
+    """Unmask each position at a time of a grid.
 
-    steps: int
+    If the network decides when a token is unmasked (D3PM, SEDD), the steps are those of samplers/analytic.py.
+
+    Args:
+        skip_idle: evaluate only rows with a position to draw. The result is the same, also with time conditioning;
+            False keeps the shapes of all steps equal.
+        noise_removal: after the last step write the most likely token at every remaining mask; otherwise masks stay.
+        begin_B: start time of each row, float64, for partly masked texts (editing); None for 1.
+    """
+
+    steps: Count
     skip_idle: bool
-    noise_removal: bool
-    eps: float
-    begin_B: Tensor | None
+    noise_removal: bool = True
+    eps: float = 1e-5
+    begin_B: Tensor | None = None
 
     def __post_init__(self) -> None:
         open_BL, eps = self.trace.open_BL, self.eps
@@ -52,37 +59,4 @@ class Ancestral(Planned):
         return (log_p_NV.argmax(-1), at) if self.greedy else super().tokens(log_p_NV, at)
 
 
-@sampler(Absorbing)
-def sample(
-    model: Denoiser,
-    x_BL: Tensor,
-    generator: KeyedNoise,
-    *,
-    steps: Count,
-    skip_idle: bool,
-    choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
-    noise_removal: bool = True,
-    eps: float = 1e-5,
-    watch: Watcher | None = None,
-    begin_B: Tensor | None = None,
-    **cond: Tensor,
-) -> Trace:
-    """Fill the masked positions of `x_BL`; its other tokens never change.
-
-    If the network decides when a token is unmasked (D3PM, SEDD), the steps are those of samplers/analytic.py.
-
-    Args:
-        skip_idle: evaluate only rows with a position to draw. The result is the same, also with time conditioning;
-            False keeps the shapes of all steps equal.
-        cond: passed on to the model, row by row (B, ...).
-        begin_B: start time of each row, float64, for partly masked texts (editing); None for 1.
-        noise_removal: after the last step write the most likely token at every remaining mask; otherwise masks stay.
-    """
-    settings = {"steps": steps, "choice": choice, "noise_removal": noise_removal, "eps": eps}
-    if not model.independent_unmasking:
-        if begin_B is not None:
-            raise ValueError("partly masked texts need a model whose schedule alone decides when a token is unmasked")
-        return analytic.sample(model, x_BL, generator, **settings, watch=watch, **cond)
-    trace = Trace(x_BL, model.process, watch)
-    step = Ancestral(model, trace, generator, skip_idle=skip_idle, begin_B=begin_B, **settings)
-    return run(step, model, trace, cond)
+sample = sampler_of(Ancestral, Absorbing, otherwise=analytic.Analytic)

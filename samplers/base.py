@@ -193,8 +193,11 @@ def sampler(
     return declared
 
 
-def sampler_of(step: type[Step], *processes: type[Process], independent: bool = False) -> Callable[..., Trace]:
-    """Return the sampler that runs a step class.
+def sampler_of(
+    step: type[Step], *processes: type[Process], independent: bool = False, otherwise: type[Step] | None = None
+) -> Callable[..., Trace]:
+    """Return the sampler that runs a step class; with a model whose network decides when a token is unmasked,
+    `otherwise`, if it is given.
 
     The constructor of the class takes the model, the trace and the noise; its keyword arguments (of a dataclass, its
     fields) are the settings of the sampler.
@@ -207,7 +210,11 @@ def sampler_of(step: type[Step], *processes: type[Process], independent: bool = 
     ) -> Trace:
         trace = Trace(x_BL, model.process, watch)
         chosen = {p.name: cond.pop(p.name) for p in settings if p.name in cond}
-        steps = step(model, trace, generator, **chosen)
+        kind = step
+        if otherwise is not None and not model.independent_unmasking:
+            kind = otherwise
+            chosen = {name: value for name, value in chosen.items() if name in inspect.signature(kind).parameters}
+        steps = kind(model, trace, generator, **chosen)
         return run(steps, steps.model, trace, cond)
 
     plain = inspect.signature(sample, eval_str=True)

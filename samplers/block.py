@@ -25,6 +25,10 @@ from palimpsest.samplers.base import TokenChoice, sampler, select_rows
 from palimpsest.samplers.first_hitting import sample as first_hitting_sample
 from palimpsest.samplers.trace import Trace, Watcher
 
+_GAPS = (
+    "blocks of {} tokens are written from left to right, without attending to tokens given behind them: use "
+    "sampling.prefix instead of sampling.template, or a model with block_size=model.length"
+)
 _LAST = 256  # generated tokens by which a text that repeats itself is recognised
 
 
@@ -95,7 +99,10 @@ def sample(
     length = x_BL.shape[1]
     masked_BL = model.process.is_corrupted(x_BL)
     here_BL = cond.pop("attention_mask", torch.ones_like(masked_BL)).bool()
-    _check_no_gaps(masked_BL, here_BL, size)
+    place_L = torch.arange(length, device=x_BL.device)
+    # The last token of a text is allowed: it marks the end of the text, as in training.
+    given_BL = here_BL & ~masked_BL & (place_L != here_BL.sum(-1, keepdim=True) - 1)
+    segments.check_no_gaps(masked_BL, given_BL, place_L // size, _GAPS.format(size))
     trace, ends = Trace(x_BL, model.process, watch), here_BL.sum(-1).tolist()
     rows = list(range(len(x_BL)))  # rows that are still being written
     x_BL, rows_R = trace.ids_BL, torch.arange(len(x_BL), device=x_BL.device)
@@ -145,20 +152,4 @@ def check_context(context: int | None, size: int) -> None:
     if context is not None and (context < size or context % size):
         raise ValueError(
             f"sampling.context={context} must be a multiple of block_size={size}: the window moves by whole blocks"
-        )
-
-
-def _check_no_gaps(masked_BL: Tensor, here_BL: Tensor, size: int) -> None:
-    """Raise ValueError if prompt tokens follow a gap, because only their own block would attend to them.
-
-    The last token of a text is allowed: it marks the end of the text, as in training.
-    """
-    length = masked_BL.shape[1]
-    block_L = torch.arange(length, device=masked_BL.device) // size
-    first_gap_B1 = torch.where(masked_BL, block_L, length).min(-1, keepdim=True).values
-    last_BL = torch.arange(length, device=masked_BL.device) == here_BL.sum(-1, keepdim=True) - 1
-    if bool((here_BL & ~masked_BL & ~last_BL & (block_L > first_gap_B1)).any()):
-        raise ValueError(
-            f"blocks of {size} tokens are written from left to right, without attending to tokens given behind them: "
-            "use sampling.prefix instead of sampling.template, or a model with block_size=model.length"
         )

@@ -45,7 +45,8 @@ def sample(
     """
     place_L = torch.arange(x_BL.shape[1], device=x_BL.device)
     segment_BL = (place_L >= segment_ends[..., None]).sum(1)
-    _check_no_gaps(model.process.is_corrupted(x_BL), segment_BL)
+    masked_BL = model.process.is_corrupted(x_BL)
+    check_no_gaps(masked_BL, ~masked_BL, segment_BL, _GAPS)
     trace, rows_B = Trace(x_BL, model.process, watch), torch.arange(len(x_BL), device=x_BL.device)
     earlier: object = model.new_segment_cache(len(x_BL)) if kv_cache else []
     last = segment_ends.shape[1]
@@ -73,11 +74,14 @@ def _left_aligned(x_BL: Tensor, at: Positions, filler: int) -> tuple[Tensor, Pos
     return here.spread(at.take(x_BL), filler), here
 
 
-def _check_no_gaps(masked_BL: Tensor, segment_BL: Tensor) -> None:
-    """Raise ValueError if prompt tokens follow a gap, because only their own segment would attend to them."""
-    first_gap_B1 = torch.where(masked_BL, segment_BL, masked_BL.shape[1]).min(-1, keepdim=True).values
-    if bool((~masked_BL & (segment_BL > first_gap_B1)).any()):
-        raise ValueError(
-            "data.segments=true: segments are written from the first to the last, without attending to tokens given "
-            "behind them; give the beginning of a text only"
-        )
+_GAPS = (
+    "data.segments=true: segments are written from the first to the last, without attending to tokens given behind "
+    "them; give the beginning of a text only"
+)
+
+
+def check_no_gaps(masked_BL: Tensor, given_BL: Tensor, part_BL: Tensor, message: str) -> None:
+    """Raise ValueError if given tokens follow a gap in an earlier part, because only their own would attend to them."""
+    first_gap_B1 = torch.where(masked_BL, part_BL, masked_BL.shape[1]).min(-1, keepdim=True).values
+    if bool((given_BL & (part_BL > first_gap_B1)).any()):
+        raise ValueError(message)

@@ -62,8 +62,8 @@ def sample(
     for start in range(0, stride_length * num_strides + 1, stride_length):
         window_BL = trace.ids_BL[:, start : start + length]
         new = length if start == 0 else stride_length  # number of tokens to write, at the end of the window
-        at_BW, here_BL = torch.zeros_like(trace.open_BL), torch.zeros_like(x_BL, dtype=torch.bool)
-        at_BW[:, start + length - new : start + length], here_BL[:, length - new :] = True, True
-        at, here = (Positions(part, [new] * len(x_BL)) for part in (at_BW, here_BL))
+        place_W, end = torch.arange(trace.ids_BL.shape[1], device=x_BL.device), start + length
+        at_BW = ((place_W >= end - new) & (place_W < end)).expand_as(trace.ids_BL)
+        at, here = (Positions(part, [new] * len(x_BL)) for part in (at_BW, at_BW[:, start:end]))
         trace.fill(partial(inner, model, window_BL, generator, **cond), at, here)
     return trace
