@@ -28,7 +28,8 @@ def nats_per_token(scores: ClassScores, log_prior_C: np.ndarray) -> np.ndarray:
     """
     tokens_M = np.maximum(scores.tokens_M, 1)
     weight_M = tokens_M if scores.weight_MP is None else np.nanmean(scores.weight_MP, axis=1)
-    log_p_MC = scores.log_p_MC * (tokens_M / weight_M)[:, None]
+    known_M = np.where(weight_M > 0, weight_M, tokens_M)  # a mask may leave every token visible
+    log_p_MC = scores.log_p_MC * (tokens_M / known_M)[:, None]
     return -logsumexp(log_p_MC + log_prior_C, axis=1) / tokens_M
 
 

@@ -81,7 +81,7 @@ def fit_classifier(
         rows: number -> a batch of that many rows with `input_ids` and `label`, drawn at random.
     """
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=_LR)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, step / 50) * (1 - step / steps))
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / steps))
     classifier.train()
     progress = trange(steps, desc="train a classifier of noised texts", mininterval=1)
     for step in progress:
