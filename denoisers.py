@@ -8,7 +8,6 @@ Shape suffixes: B batch, L length, N selected positions, V vocabulary, C classes
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -228,41 +227,43 @@ class ClassGuided(Guided):
         return self._mixed(self.inner.reverse, x_BL, cond, t_B, s_B, at)
 
 
-class Classifier(Protocol):
-    """A classifier of noised texts."""
-
-    def gain(
-        self, x_BL: Tensor, t_B: Tensor, class_id: int, at: Positions, attention_mask: Tensor | None = None
-    ) -> Tensor:
-        """Return the derivative of log p(class | x_t) by the amount of each token at the N positions `at`, (N, V)."""
-
-
 class ClassifierGuided(WrappedDenoiser):
     """Classifier-based guidance towards a class, to first order (D-CBG, arXiv 2412.10193, section 3.4).
 
-    It adds `weight` times the change of log p(class | x_t) due to each token. The network need not know classes.
+    It adds `weight` times the change of log p(class | text) due to each token. The classifier is naive Bayes on the
+    tokens that are not blank, so it needs no training and fits any network.
+
+    Args:
+        log_p_CV: log p(token | class).
+        log_prior_C: log p(class).
     """
 
-    def __init__(self, inner: Denoiser, class_id: int, weight: float, classifier: Classifier) -> None:
+    def __init__(self, inner: Denoiser, class_id: int, weight: float, log_p_CV: Tensor, log_prior_C: Tensor) -> None:
         super().__init__(inner)
         self.class_id = class_id
         self.weight = weight
-        self.classifier = classifier
+        self.log_p_CV = log_p_CV.double()
+        self.log_prior_C = log_prior_C.double()
 
     def denoise(self, x_BL: Tensor, t_B: Tensor | None, at: Positions | None = None, **cond: Tensor) -> Tensor:
-        return self._guided(self.inner.denoise(x_BL, t_B, at, **cond), x_BL, t_B, at, cond)
+        return self._guided(self.inner.denoise(x_BL, t_B, at, **cond), x_BL, at, **cond)
 
     def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at: Positions, **cond: Tensor) -> Tensor:
         if self.independent_unmasking:
             return super().reverse(x_BL, t_B, s_B, at, **cond)
-        return self._guided(self.inner.reverse(x_BL, t_B, s_B, at, **cond), x_BL, t_B, at, cond)
+        return self._guided(self.inner.reverse(x_BL, t_B, s_B, at, **cond), x_BL, at, **cond)
 
     def _guided(
-        self, log_p: Tensor, x_BL: Tensor, t_B: Tensor, at: Positions | None, cond: dict[str, Tensor]
+        self, log_p: Tensor, x_BL: Tensor, at: Positions | None, attention_mask: Tensor | None = None, **_: Tensor
     ) -> Tensor:
+        """Add the gradient of log p(class | text) with respect to each token's one-hot vector, and normalise."""
         if self.weight == 0:
             return log_p
-        everywhere = Positions.everywhere(x_BL) if at is None else at
-        gain_NV = self.classifier.gain(x_BL, t_B, self.class_id, everywhere, cond.get("attention_mask"))
-        gain = gain_NV.unflatten(0, x_BL.shape) if at is None else gain_NV
-        return (log_p.double() + self.weight * gain.double()).log_softmax(-1)
+        visible_BL = x_BL != self.process.blank_id
+        if attention_mask is not None:
+            visible_BL &= attention_mask.bool()
+        log_p_CBL = self.log_p_CV[:, x_BL.clamp(min=0)] * visible_BL
+        p_BC = (log_p_CBL.sum(-1).T + self.log_prior_C).softmax(-1)
+        gain_BV = self.log_p_CV[self.class_id] - p_BC @ self.log_p_CV
+        gain = gain_BV[:, None].expand(*x_BL.shape, -1) if at is None else at.of_rows(gain_BV)
+        return (log_p.double() + self.weight * gain).log_softmax(-1)

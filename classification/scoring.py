@@ -23,7 +23,7 @@ from palimpsest.estimators.base import Estimator
 from palimpsest.estimators.nelbo import for_comparison
 from palimpsest.evaluation.devices import map_over_devices
 from palimpsest.evaluation.likelihood import row_numbers
-from palimpsest.objectives.base import Batch
+from palimpsest.objectives.base import Batch, scored_mask
 
 # Network evaluations per text and class after which the sequential test is applied.
 _LOOKS = (4, 6, 8, 12, 16, 24, 32, 48)
@@ -73,7 +73,7 @@ class ClassScores:
     label: str
     exact: bool
     behind: int = 1  # draws that each pass is made of, if an estimator is no plain mean
-    weight_MP: np.ndarray | None = None  # sum of the masked tokens' weights, whose mean over masks is `tokens_M`
+    weight_MP: np.ndarray | None = None  # of the masked tokens, scaled so that the mean over masks is `tokens_M`
 
     @property
     def nats_MCK(self) -> np.ndarray:
@@ -239,12 +239,14 @@ def _draws(
         ]
         nats_BCP = torch.stack([f.logs.get("nats", f.nll_BK).double() for f in found], dim=1)
         masked_BP = found[0].logs.get("num_masked", torch.zeros_like(nats_BCP[:, 0]))
-        weight_BP = found[0].logs.get("weight", found[0].tokens_B[:, None].expand_as(nats_BCP[:, 0]))
+        weight_BP = found[0].logs.get("weight", torch.ones_like(nats_BCP[:, 0]))
+        expected_B = scored_mask(batch).sum(-1) if "weight" in found[0].logs else torch.ones_like(found[0].tokens_B)
+        weight_BP = weight_BP * (found[0].tokens_B / expected_B.clamp(min=1))[:, None]
         return {
             "sample_id": batch["sample_id"],
             "nats": nats_BCP,
             "num_masked": masked_BP.double(),
-            "weight": weight_BP.double(),
+            "weight": weight_BP,
             "tokens": found[0].tokens_B,
             "evaluations": sum(f.evaluations_B for f in found),
         }

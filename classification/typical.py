@@ -50,7 +50,7 @@ class Typical:
         """Return the latest evaluation below `folder`; None if there is none."""
         files = sorted(folder.glob("*/results.json"), key=lambda path: path.stat().st_mtime)
         found = [json.loads(path.read_text(encoding="utf-8")).get(KEY) for path in files]
-        known = [one for one in found if one]
+        known = [one for one in found if one and one[str(_TAIL)] is not None]
         return cls(known[-1][str(_TAIL)]) if known else None
 
     def unlike(self, scores: ClassScores, log_prior_C: np.ndarray) -> np.ndarray:

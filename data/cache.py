@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -98,16 +99,16 @@ def cached_folder(
     figures = _read_entry(folder, settings)
     if figures is not None:
         return folder, figures
+    with writing_into(cache_dir):  # before the lock, which is beside the entry
+        own = f".{folder.name}-{socket.gethostname()}-"  # a lock may hold on one machine only
     with _lock(folder) as alone:
         figures = _read_entry(folder, settings)  # another process may have built it while this one waited
         if figures is not None:
             return folder, figures
         with writing_into(cache_dir):
-            for left in cache_dir.glob(f".{folder.name}-*") if alone else ():  # by a process that was killed
+            for left in cache_dir.glob(f"{own}*") if alone else ():  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            temporary = tempfile.TemporaryDirectory(
-                prefix=f".{folder.name}-", dir=cache_dir, ignore_cleanup_errors=True
-            )
+            temporary = tempfile.TemporaryDirectory(prefix=own, dir=cache_dir, ignore_cleanup_errors=True)
         with temporary as name:
             return folder, _build(Path(name), folder, settings, build)
 

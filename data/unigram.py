@@ -69,7 +69,8 @@ def first_tokens(rows: object) -> np.ndarray:
 def token_counts(data: object, causal: bool = False, by_class: bool = False) -> np.ndarray:
     """Return the count of each token in the training rows, (1, V), or `by_class` in each class, (C, V).
 
-    Observed tokens (see `unigram_nll`) are left out, except the first word of a causal model's rows without prompts.
+    Observed tokens (see `unigram_nll`) are left out. The first token of a causal model's row counts unless it is BOS or
+    the row has a prompt.
     """
     rows, size = data.split("train"), data.vocabulary.size
     column = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]

@@ -220,7 +220,6 @@ class Builder:
             command=command,
             settings=self.settings,
             resumes=self._runs.resume,
-            resumed_from=self._runs.resume_path_typed,
             callbacks=callbacks,
             loggers=loggers,
             strategy=instantiate(self.cfg.strategy),

@@ -38,7 +38,7 @@ def fit(experiment: Experiment, label: int | None = None) -> PathOrUrl:
         ValueError: the folder holds a training with other settings.
     """
     if path := experiment.runs.finished(experiment.build.data(label), label):
-        print(f"complete: {path}", *_measured_otherwise(experiment, path), sep="\n")
+        print(f"complete: {path}", *_measured_otherwise(experiment, path, label), sep="\n")
         return path
     with experiment.runs.lock(label):
         # Another process may have trained it while this one waited.
@@ -75,16 +75,18 @@ def _fit(experiment: Experiment, label: int | None) -> PathOrUrl:
     return experiment.runs.model_path(label)
 
 
-def _measured_otherwise(experiment: Experiment, path: PathOrUrl) -> list[str]:
+def _measured_otherwise(experiment: Experiment, path: PathOrUrl, label: int | None) -> list[str]:
     """Return a remark on settings that weights depend on, but not the folder: a run is found again on another machine.
 
-    How often and on what it is validated decides about the learning rate of plateau=cut and the mask rates of bd3lm.
+    How often and on what it is validated decides about the learning rate of plateau=cut, the mask rates of bd3lm and
+    the best weights of a training with patience.
     """
-    theirs, ours = OmegaConf.create(read_progress(path).configuration), OmegaConf.create(experiment.build.settings)
-    keys = ["trainer.precision"]
-    if ours.plateau or OmegaConf.select(ours, "training.clip_search_widths"):
+    theirs, ours = read_progress(path), OmegaConf.create(experiment.build.settings)
+    keys = ["trainer.precision", *(["eval.disable_ema"] if ours.training.from_pretrained else [])]
+    watched = ours.plateau or OmegaConf.select(ours, "training.clip_search_widths")
+    if watched or experiment.runs.patience(label) is not None:
         keys += ["trainer.val_check_interval", "trainer.limit_val_batches", "data.max_valid_texts"]
-    before = {key: OmegaConf.select(theirs, key) for key in keys if theirs}
+    before = {key: theirs.typed(key) for key in keys if theirs.configuration}
     other = [f"{key}={word(was)}" for key, was in before.items() if was != OmegaConf.select(ours, key)]
     remark = f"it was trained with {' '.join(other)}; another checkpointing.save_dir= trains with the typed settings"
     return [remark] if other else []

@@ -177,7 +177,7 @@ class TrainedModel:
             ValueError: the prompt or the template does not fit, or the sampler does not fit the model.
             FileNotFoundError: the training texts are not there; name a length.
         """
-        if not isinstance(number, int) or number < 1:
+        if not isinstance(number, int | np.integer) or number < 1:
             raise ValueError(f"number={number!r}: give a number of texts")
         typed = [f"sampling.predictor={sampler}"] if sampler else []
         typed += [f"sampling.steps={steps}"] if steps is not None else []

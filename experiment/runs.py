@@ -105,8 +105,8 @@ class Runs:
             return own
         progress = read_progress(own)
         known = progress.identity.get("configuration", {})
-        same = progress.resumed_from == self.resume_path_typed and not differing(known, self.identity)
-        return own if same else None
+        begun = progress.typed("checkpointing.resume_ckpt_path") == self.resume_path_typed
+        return own if begun and not differing(known, self.identity) else None
 
     def finished(self, data: TextData, label: int | None = None) -> PathOrUrl | None:
         """Return the weights of a complete training; None if it is unfinished.

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -106,8 +107,14 @@ class Progress:
     best: PathOrUrl | None  # the checkpoint of the best validation, in the same folder
     identity: dict[str, object]  # as in `Checkpoint`
     train_size: dict[str, int] | None  # number of texts and bytes, if it is known
-    resumed_from: str | None = None  # what checkpointing.resume_ckpt_path was
     configuration: str = ""  # of the command, as YAML
+
+    def typed(self, key: str) -> object:
+        """Return a setting of the command that wrote the checkpoint; None if it is unknown."""
+        node = yaml.safe_load(self.configuration)
+        for name in key.split("."):
+            node = node.get(name) if isinstance(node, dict) else None
+        return node
 
 
 def read_progress(path: PathOrUrl) -> Progress:
@@ -130,10 +137,9 @@ def _read_progress(path: str, version: str) -> Progress:
     data = content.get("TextData")
     train_size = data.get("train_size") if isinstance(data, dict) else None
     run = content.get("run")
-    run = run if isinstance(run, dict) else {}
+    configuration = str(run.get("configuration", "")) if isinstance(run, dict) else ""
     step, identity = int(content["global_step"]), content.get("identity") or {}
-    configuration = str(run.get("configuration", ""))
-    return Progress(step, waited, best_path, identity, train_size, run.get("resumed_from"), configuration)
+    return Progress(step, waited, best_path, identity, train_size, configuration)
 
 
 def _read_lightning_file(path: PathOrUrl, weights: bool = True) -> Checkpoint:

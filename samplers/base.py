@@ -213,7 +213,10 @@ def sampler_of(
         kind = step
         if otherwise is not None and not model.independent_unmasking:
             kind = otherwise
-            chosen = {name: value for name, value in chosen.items() if name in inspect.signature(kind).parameters}
+            known = inspect.signature(kind).parameters
+            if lost := [name for name, value in chosen.items() if name not in known and isinstance(value, Tensor)]:
+                raise ValueError(f"{lost[0]} needs a model whose schedule alone decides when a token is unmasked")
+            chosen = {name: value for name, value in chosen.items() if name in known}
         steps = kind(model, trace, generator, **chosen)
         return run(steps, steps.model, trace, cond)
 

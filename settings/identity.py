@@ -82,8 +82,6 @@ def _with_conditions(flat: dict[str, object], cfg: DictConfig, objective: str) -
         if cfg.classify.pretrain_lr_factor != 1:
             flat["classify.pretrain_lr_factor"] = cfg.classify.pretrain_lr_factor
     flat |= {"block_size": cfg.block_size} if objective == "bd3lm" else {}
-    if cfg.training.from_pretrained and cfg.eval.disable_ema:  # it starts from the raw weights
-        flat["eval.disable_ema"] = True
     if flat.get("data.score_special", ...) is None:  # the meaning of null depends on data.wrap
         flat |= {} if cfg.data.wrap or cfg.data.get("protocol") else {"data.score_special": False}
         flat = {key: value for key, value in flat.items() if key != "data.score_special" or value is not None}
@@ -92,8 +90,7 @@ def _with_conditions(flat: dict[str, object], cfg: DictConfig, objective: str) -
 
 # Settings that describe how a model was trained, not what it is.
 _OF_TRAINING = ("optim.", "lr_scheduler.", "plateau.", "loader.", "trainer.", "streaming.", "seed", "classify.pretrain",
-                "classify.discriminative_weight", "training.from_pretrained", "eval.disable_ema",
-                "training.start_from_counts")  # fmt: skip
+                "classify.discriminative_weight", "training.from_pretrained", "training.start_from_counts")  # fmt: skip
 _GROUPS = ("data", "model", "backbone", "parameterization", "noise", "masking", "latents")
 _OF_CLASSES = ("classify.sharing", "classify.label_dropout", "classify.discriminative_weight", "classify.bigrams")
 _CARRIED = (*IDENTITY, *_OF_CLASSES, "block_size")

@@ -64,7 +64,7 @@ def sample_eval(
     diffusion = experiment.weights.trained(data, checkpoint_path, disable_ema).eval()
     drawing = experiment.build.drawing(diffusion.provenance.length)
     if isinstance(request, FreeTextRequest) and class_id is not None:
-        drawing = guided.of(drawing, diffusion, data, experiment.seed)
+        drawing = guided.of(drawing, diffusion, data)
         data = experiment.build.data(class_id)
     folder = experiment.runs.folder() / "sample_eval" / request.folder
     shown = max(num_shown, 1)

@@ -64,7 +64,6 @@ class Run:
     command: str
     settings: str  # the resolved configuration
     resumes: bool  # checkpointing.resume_from_ckpt
-    resumed_from: str | None  # checkpointing.resume_ckpt_path
     callbacks: Sequence[Callback]
     loggers: Sequence[Logger]
     strategy: Strategy | str
@@ -92,7 +91,7 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
     state = RunState(run.folder, run.title, metrics)
     if run.fitting:
         guard = Guard(run.max_skipped_steps, run.folder, run.settings)
-        record = RunRecord({"command": run.command, "configuration": run.settings, "resumed_from": run.resumed_from})
+        record = RunRecord({"command": run.command, "configuration": run.settings})
         callbacks = [
             guard,
             metrics,

@@ -237,7 +237,7 @@ def test_a_killed_build_leaves_nothing_behind(tmp_path):
     process = multiprocessing.get_context("fork").Process(target=cached_folder, args=(tmp_path, "x", {"a": 1}, killed))
     process.start()
     process.join()
-    assert any((left / "data").exists() for left in tmp_path.glob(".x-*-*"))
+    assert any((left / "data").exists() for left in tmp_path.glob(".x-*-*-*"))
     folder, _ = cached_folder(tmp_path, "x", {"a": 1}, lambda folder: None)
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == [folder.name]
 

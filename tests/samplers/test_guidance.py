@@ -11,7 +11,6 @@ import torch
 from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import ClassGuided, ClassifierGuided, Denoiser
-from palimpsest.evaluation.noised_classifier import NoisedClassifier, fit_classifier
 from palimpsest.experiment import running
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.base import Model
@@ -109,52 +108,34 @@ def test_more_weight_makes_the_class_likelier():
     assert shares[0] == pytest.approx(0.5) and shares[0] < shares[1] < shares[2]
 
 
-def test_a_classifier_tilts_by_its_gradient():
-    """To first order: the derivative of log p(class | text) by the amount of each token, here through mixtures."""
+def test_a_classifier_of_single_tokens_tilts_by_its_gradient():
+    """To first order: the derivative of log p(class | text) by the amount of each token at a masked place."""
     torch.manual_seed(1)
-    classifier = NoisedClassifier(V + 1, 3, LogLinear()).eval().requires_grad_(False)
-    torch.nn.init.normal_(classifier.body.blocks[0].adaLN_modulation.weight)
-    x_BL, t_B = torch.tensor([[MASK, 1, MASK], [0, MASK, 2]]), torch.tensor([0.3, 0.8]).double()
-    here_BL, at_BL = torch.tensor([[1, 1, 0], [1, 1, 1]]), x_BL == MASK
-    amount_BLV = torch.eye(V + 1)[x_BL].requires_grad_()
-    (gain_BLV,) = torch.autograd.grad(classifier(amount_BLV, t_B, here_BL)[:, 2].sum(), amount_BLV)
-    with torch.inference_mode():
-        gain_NV = classifier.gain(x_BL.clone(), t_B.clone(), 2, Positions(at_BL), here_BL.clone())
-    torch.testing.assert_close(gain_NV, gain_BLV[at_BL])
-    assert not gain_BLV[0, 2].any(), "padding says nothing of the class"
-
-    x_BL, at_BL = x_BL[:, :L], at_BL[:, :L]
-    plain_NV = Masks().denoise(x_BL, t_B, Positions(at_BL))
-    model = ClassifierGuided(Masks(), 1, 2.0, classifier)
-    wanted_NV = (plain_NV + 2.0 * classifier.gain(x_BL, t_B, 1, Positions(at_BL))).log_softmax(-1)
-    torch.testing.assert_close(model.denoise(x_BL, t_B, Positions(at_BL)), wanted_NV)
-    off = ClassifierGuided(Masks(), 1, 0.0, classifier)
-    assert torch.equal(off.denoise(x_BL, t_B, Positions(at_BL)), plain_NV)
-    s_B, words_BL = torch.tensor([0.2]).double(), torch.tensor([[0, 1]])
-    everywhere = Positions.everywhere(words_BL)
-    of_words = NoisedClassifier(V, 2, LogLinear()).eval().requires_grad_(False)
-    whole_NV = ClassifierGuided(Words(), 1, 2.0, of_words).reverse(words_BL, t_B[:1], s_B, everywhere)
-    torch.testing.assert_close(whole_NV.exp().sum(-1), torch.ones(L).double())
-
-
-@pytest.mark.parametrize("process", [Absorbing(6), Uniform(6)], ids=["masks", "random tokens"])
-def test_a_classifier_learns_noised_texts(process):
-    """Texts of two classes with other words each: as sure as the noise allows."""
-    torch.manual_seed(0)
-    classifier, generator = NoisedClassifier(7, 2, LogLinear().full_range), torch.Generator().manual_seed(0)
-
-    def rows(number: int) -> dict[str, torch.Tensor]:
-        label = torch.randint(2, (number,), generator=generator)
-        return {"label": label, "input_ids": torch.randint(3, (number, 8), generator=generator) + 3 * label[:, None]}
-
-    fit_classifier(classifier, process, rows, steps=60, seed=0)
-    few, many = torch.full((64,), 0.05).double(), torch.full((64,), 0.999).double()
-    batch = rows(64)
-    for t_B, least, most in ((few, 0.97, 1.0), (many, 0.3, 0.75)):
-        noise = KeyedNoise(5, torch.arange(64))
-        x_BL = process.corrupt(batch["input_ids"], LogLinear()(t_B).alpha, noise, torch.ones(64, 8).bool())
-        right = (classifier(x_BL, t_B).argmax(-1) == batch["label"]).double().mean()
-        assert least <= right <= most
+    log_p_CV, log_prior_C = torch.randn(2, V + 1).double().log_softmax(-1), torch.tensor([0.3, 0.7]).double().log()
+    model = ClassifierGuided(Masks(), 1, 2.0, log_p_CV, log_prior_C)
+    x_BL = torch.tensor([[MASK, 1], [0, MASK]])
+    at_BL = x_BL == MASK
+    amount_BLV = torch.zeros(2, L, V + 1).double()
+    amount_BLV[~at_BL] = torch.eye(V + 1).double()[x_BL[~at_BL]]
+    amount_BLV.requires_grad_()
+    said_BC = torch.einsum("blv,cv->bc", amount_BLV, log_p_CV) + log_prior_C
+    (gain_BLV,) = torch.autograd.grad(said_BC.log_softmax(-1)[:, 1].sum(), amount_BLV)
+    plain_NV = Masks().denoise(x_BL, None, Positions(at_BL))
+    wanted_NV = (plain_NV + 2.0 * gain_BLV[at_BL]).log_softmax(-1)
+    torch.testing.assert_close(model.denoise(x_BL, None, Positions(at_BL)), wanted_NV)
+    off = ClassifierGuided(Masks(), 1, 0.0, log_p_CV, log_prior_C)
+    assert torch.equal(off.denoise(x_BL, None, Positions(at_BL)), plain_NV)
+    here, even_NV = Positions(torch.tensor([[True, False]])), torch.zeros(1, V + 1)
+    beside = model._guided(even_NV, torch.tensor([[MASK, 1]]), here, attention_mask=torch.tensor([[1, 0]]))
+    alone = model._guided(even_NV, torch.tensor([[MASK, MASK]]), here)
+    torch.testing.assert_close(beside, alone, msg="padding says nothing of the class")
+    whole_BLV = ClassifierGuided(Words(), 1, 2.0, log_p_CV[:, :V], log_prior_C).reverse(
+        torch.tensor([[0, 1]]),
+        torch.tensor([0.7]).double(),
+        torch.tensor([0.4]).double(),
+        Positions.everywhere(torch.tensor([[0, 1]])),
+    )
+    torch.testing.assert_close(whole_BLV.exp().sum(-1), torch.ones(L).double())
 
 
 FEW = ["data.max_train_texts=64", "data.max_valid_texts=16", "data.max_test_texts=16", "sampling.num_samples=4"]
@@ -169,7 +150,7 @@ def test_the_command_line_draws_texts_of_a_class(tmp_path, monkeypatch, algo):
     for typed in (
         ["sampling.guidance=1"],
         ["sampling.guidance=3"],
-        ["sampling.guidance=3", "sampling.guidance_by=classifier", "sampling.guidance_steps=2"],
+        ["sampling.guidance=3", "sampling.guidance_by=unigrams"],
     ):
         words = [*small, "mode=sample_eval", "classify.class=positive", *typed]
         results = run(*words)
@@ -182,8 +163,8 @@ def test_the_command_line_draws_texts_of_a_class(tmp_path, monkeypatch, algo):
 
 @pytest.mark.parametrize(("typed", "said"), [
     (["sampling.guidance=2"], "sampling.guidance=2.* add classify.class="),
-    (["sampling.guidance_by=classifier"], "^sampling.guidance_by=classifier guides .* add classify.class="),
-    (["classify.class=positive", "sampling.guidance_by=magic"], "sampling.guidance_by=magic.*network, classifier"),
+    (["sampling.guidance_by=unigrams"], "^sampling.guidance_by=unigrams guides .* add classify.class="),
+    (["classify.class=positive", "sampling.guidance_by=magic"], "sampling.guidance_by=magic.*network, unigrams"),
     (["classify.class=sideways"], "classify.class=sideways is none of the classes of these texts: negative, positive"),
     (["classify.class=positive"], "classify.class=positive needs a network with class.*sharing=conditional"),
 ])  # fmt: skip
