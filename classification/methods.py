@@ -117,9 +117,9 @@ class OtherRun:
     in_ensemble_MC: np.ndarray  # calibrated, if this run is and that one was
 
     @classmethod
-    def read(cls, file: Path, scores: ClassScores, calibrated: bool) -> OtherRun:
+    def read(cls, file: Path, scores: ClassScores, text_M: np.ndarray, calibrated: bool) -> OtherRun:
         """Read the predictions for the texts of `scores`. Raises ValueError if the file is about other texts."""
-        texts = (scores.text_id_M, scores.label_M)
+        texts = (scores.text_id_M, scores.label_M, text_M)
         columns = _CALIBRATED_COLUMNS if calibrated else ("posterior",)
         return cls(read_posterior(file, *texts), read_posterior(file, *texts, columns))
 
@@ -167,7 +167,7 @@ def compared(
             found = nearest_centroid(experiment, models, data, split, scores, log_prior_C, compared_with.latent)
             add("nearest class centroid of the text's latent", *found)
     if experiment.build.truth is not None:
-        text = _text_of_id(data, split)
+        text = text_of_id(data, split)
         add("Bayes-optimal", experiment.build.truth.posterior([text[i] for i in scores.text_id_M.tolist()]))
     return methods
 
@@ -194,7 +194,7 @@ def _with_baseline(
 
 def _texts(data: TextData, split: str) -> Labelled:
     """Return the texts of a split in order of their ids, each with the tokens of all its windows."""
-    rows, text = data.split(split).with_format("numpy")[:], _text_of_id(data, split)
+    rows, text = data.split(split).with_format("numpy")[:], text_of_id(data, split)
     order_R = np.lexsort((rows["sample_id"], rows["text_id"]))
     text_id_M, first_M = np.unique(rows["text_id"][order_R], return_index=True)
     parts = [rows["input_ids"][row] for row in order_R]
@@ -202,6 +202,6 @@ def _texts(data: TextData, split: str) -> Labelled:
     return Labelled([text[i] for i in text_id_M.tolist()], joined, rows["label"][order_R][first_M])
 
 
-def _text_of_id(data: TextData, split: str) -> dict[int, str]:
+def text_of_id(data: TextData, split: str) -> dict[int, str]:
     columns = data.texts(split)[:]
     return dict(zip(columns["text_id"], columns["text"], strict=True))

@@ -23,11 +23,21 @@ FILE = "predictions.parquet"
 
 @rank_zero_only
 def write_predictions(
-    folder: Path, scores: ClassScores, posterior_MC: np.ndarray, calibrated: Mapping[str, np.ndarray]
+    folder: Path,
+    scores: ClassScores,
+    text_M: np.ndarray,
+    posterior_MC: np.ndarray,
+    calibrated: Mapping[str, np.ndarray],
 ) -> None:
-    """Write the file into `folder`, atomically, in the first process. calibrated: name -> posterior (M, C)."""
+    """Write the file into `folder`, atomically, in the first process.
+
+    Args:
+        text_M: a hash of each text, by which other runs recognise it.
+        calibrated: name -> posterior (M, C).
+    """
     columns = {
         "text_id": scores.text_id_M,
+        "text": text_M,
         "label": scores.label_M,
         "prediction": posterior_MC.argmax(axis=1),
         "draws": scores.draws_M,
@@ -58,11 +68,17 @@ def predictions_file(path: str | Path) -> Path:
 
 
 def read_posterior(
-    path: Path, text_id_M: np.ndarray, label_M: np.ndarray, columns: Sequence[str] = ("posterior",)
+    path: Path,
+    text_id_M: np.ndarray,
+    label_M: np.ndarray,
+    text_M: np.ndarray,
+    columns: Sequence[str] = ("posterior",),
 ) -> np.ndarray:
     """Return p(class | text) (M, C) that another run gave to the same texts.
 
-    columns: names of columns without the number of the class; the first that the file has is read.
+    Args:
+        text_M: hashes of the texts; older files have none.
+        columns: names of columns without the number of the class; the first that the file has is read.
 
     Raises:
         ValueError: the file is about other texts.
@@ -80,6 +96,9 @@ def read_posterior(
     if column is None:
         raise ValueError(f"classify.compare: {path} has no column {' or '.join(f'{name}_0' for name in columns)}")
     names = sorted((n for n in table if n.rpartition("_")[0] == column), key=lambda n: int(n.rpartition("_")[2]))
-    if (np.asarray(table["label"])[rows_M] != label_M).any():
-        raise ValueError(f"classify.compare: {path} has other labels for these texts; it is about another data set")
+    other_text = "text" in table and (np.asarray(table["text"], dtype=np.uint64)[rows_M] != text_M).any()
+    if other_text or (np.asarray(table["label"])[rows_M] != label_M).any():
+        raise ValueError(
+            f"classify.compare: {path} is about other texts, or has other labels for these; name a run on the same data"
+        )
     return np.stack([np.asarray(table[name])[rows_M] for name in names], axis=1)

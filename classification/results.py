@@ -12,13 +12,14 @@ import numpy as np
 
 from palimpsest.classification import typical
 from palimpsest.classification.measures import Measures, measure
-from palimpsest.classification.methods import ComparedMethods, Method, OtherRun, calibrated, compared, fit
+from palimpsest.classification.methods import ComparedMethods, Method, OtherRun, calibrated, compared, fit, text_of_id
 from palimpsest.classification.models import ClassModel
 from palimpsest.classification.other_texts import SPLIT as OTHER
 from palimpsest.classification.other_texts import Detection, detect
 from palimpsest.classification.predictions import write_predictions
 from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
 from palimpsest.common.metrics import Estimate, ratios_by_rate
+from palimpsest.data.rows import text_hashes
 from palimpsest.dataloader import TextData
 from palimpsest.evaluation.experiment import Experiment
 from palimpsest.evaluation.likelihood import Likelihood, likelihood, score
@@ -134,12 +135,14 @@ def classify_split(
         return score_classes(experiment.trainer, models, texts, name, estimator, test, experiment.seed, log_prior_C)
 
     scores = scored(data, split)
-    runs = {path: OtherRun.read(file, scores, compared_with.calibrate) for path, file in others.items()}
+    text = text_of_id(data, split)
+    text_M = text_hashes(text[number] for number in scores.text_id_M.tolist())
+    runs = {path: OtherRun.read(file, scores, text_M, compared_with.calibrate) for path, file in others.items()}
     plain = Method.of_network("this model", scores.posterior(log_prior_C), scores)
     validation = scored(data, "validation") if compared_with.calibrate or other_texts else None
     fitted = fit(validation, log_prior_C) if compared_with.calibrate else {}
     posteriors = calibrated(fitted, scores, log_prior_C)
-    write_predictions(folder, scores, plain.posterior_MC, posteriors)
+    write_predictions(folder, scores, text_M, plain.posterior_MC, posteriors)
     detection = detect(scores, scored(other_texts, OTHER), validation, log_prior_C) if other_texts else None
     validation_MC = calibrated(fitted, validation, log_prior_C)["length"] if fitted else None
     methods = compared(

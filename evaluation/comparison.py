@@ -147,8 +147,8 @@ def _accuracy(a: Run, b: Run) -> Estimate | None:
     files = [run.folder / _PREDICTIONS for run in (a, b)]
     if a is b or not all(file.exists() for file in files):
         return None
-    x, y = (pq.read_table(file, columns=["text_id", "label", "prediction"]).to_pydict() for file in files)
-    if x["text_id"] != y["text_id"] or x["label"] != y["label"]:
+    x, y = (pq.read_table(file).to_pydict() for file in files)
+    if any(x[name] != y[name] for name in ("text_id", "label", "text") if name in x and name in y):
         return None
     right = [np.array(one["prediction"]) == np.array(one["label"]) for one in (x, y)]
     return ratio(right[1].astype(float) - right[0], np.ones(len(right[0])))

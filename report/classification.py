@@ -18,6 +18,7 @@ from palimpsest.report.denoising import Sample
 from palimpsest.report.evidence import shown_evidence
 from palimpsest.report.formatting import Interval, Metric
 from palimpsest.report.likelihood import likelihood_figure, likelihood_metrics, mask_rate_figure
+from palimpsest.report.plain_text import visible
 from palimpsest.report.report import Report
 from palimpsest.report.training import add_loss_curve
 
@@ -57,7 +58,8 @@ def _accuracy(report: Report, result: ClassificationResult, test: SequentialTest
     names = result.data.label_names
     common = _COMMON if test.masks == "common" and scores.has_masks else ""
     averaged = _AVERAGED if scores.nats_MCK.shape[2] > 1 else ""
-    report.section("Accuracy", _METHOD + common + averaged)
+    prior = ", ".join(f"{name} {p:.3g}" for name, p in zip(names, np.exp(result.log_prior_C), strict=True))
+    report.section("Accuracy", f"{_METHOD}{common}{averaged} Prior (classify.prior): {prior}.")
     report.metrics(
         [
             Metric.of("accuracy", m.accuracy, "", f"95%: {_percent(m.accuracy_interval)}"),
@@ -70,7 +72,7 @@ def _accuracy(report: Report, result: ClassificationResult, test: SequentialTest
         ]
     )
     rows = [(method.name, method.measures.accuracy.value, method.measures.accuracy.se) for method in result.methods]
-    rows.append(("chance", float(np.bincount(scores.label_M).max() / len(scores.label_M)), 0.0))
+    rows.append(("always the most frequent class", float(np.bincount(scores.label_M).max() / len(scores.label_M)), 0.0))
     rows.sort(key=lambda row: row[1])
     report.figure(
         figures.accuracy_ladder(rows, "this model"), "Accuracy with 95% intervals, on the same texts.", "Accuracies"
@@ -78,9 +80,10 @@ def _accuracy(report: Report, result: ClassificationResult, test: SequentialTest
     report.table(
         ["method", "accuracy, %, and 95%", "AUC", "log loss", "ECE", "AURC", "passes"],
         [_method_cells(method) for method in result.methods],
-        "All on the same texts. What is fitted is fitted on the validation split. AUC: area under the "
-        "ROC curve. AURC: area under the risk–coverage curve (Abstention). Passes: network evaluations per "
-        "text, over all classes." + _ensembles(result),
+        "All on the same texts. Baselines are fitted on the training texts and know the shares of their classes; "
+        "temperatures, weights and regularisation are fitted on the validation split. AUC: area under the ROC curve. "
+        "AURC: area under the risk–coverage curve (Abstention). Passes: network evaluations per text, over all "
+        "classes." + _ensembles(result),
     )  # fmt: skip
     report.table(
         ["class", "precision", "recall", "F1", "texts"],
@@ -263,5 +266,5 @@ def classification_lines(result: ClassificationResult, samples: Sequence[Sequenc
             f"typicality, {found.by_posterior} by the largest posterior"
         )
     for name, texts in zip(data.label_names, samples, strict=True):
-        lines += [f"\n{name}, out of masks: {text.text}" for text in texts]
+        lines += [f"\n{visible(name)}, sampled: {visible(text.text)}" for text in texts]
     return "\n".join(lines)

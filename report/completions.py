@@ -76,6 +76,8 @@ def completions_lines(found: Completions) -> str:
     lines = [f"{answers.exact_match.texts} prompts of {found.split}, {found.samples_per_prompt} completions each",
              line("exact match", answers.exact_match), line("no answer", answers.no_answer),
              line("unfinished", answers.unfinished)]  # fmt: skip
+    if without := found.results["prompts_without_room"]:
+        lines.append(f"{without} prompts left no room in a row and count as wrong; raise model.length")
     if answers.majority and answers.any_right:
         lines += [line("majority vote", answers.majority), line(f"pass@{found.samples_per_prompt}", answers.any_right)]
     if baselines.constant:

@@ -7,6 +7,7 @@ from palimpsest.evaluation.free_texts import FreeTexts
 from palimpsest.evaluation.sample_quality import Comparison, Quality
 from palimpsest.report.denoising import Sample
 from palimpsest.report.formatting import Metric, aligned
+from palimpsest.report.plain_text import visible
 from palimpsest.report.report import Report
 
 
@@ -30,7 +31,7 @@ def free_texts_lines(found: FreeTexts, texts: Sequence[str], how: str) -> str:
         of_the_class = found.results["of_the_class"]
         some = "" if math.isnan(of_the_class) else f", of these {of_the_class:.1%} of the class"
         lines += f"\n{found.results['possible']:.1%} are possible texts{some}"
-    return "\n\n".join([*texts, lines])
+    return "\n\n".join([*map(visible, texts), lines])
 
 
 def comparison_section(report: Report, comparison: Comparison, more: Sequence[Metric] = ()) -> None:

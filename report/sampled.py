@@ -32,7 +32,7 @@ def sampled_report(
         report = Report(title, f"{data.name}, {split} split", command, facts)
         direction_report(report, found, samples, data.tokenizer)
     else:
-        report = Report("Samples", f"{len(samples)} of the texts out of masks", command, facts)
+        report = Report("Samples", f"{len(samples)} of the sampled texts", command, facts)
         free_texts_report(report, found, samples, how)
     return report
 

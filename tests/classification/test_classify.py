@@ -19,6 +19,7 @@ from palimpsest.classification.models import ClassModel
 from palimpsest.classification.predictions import predictions_file, read_posterior, write_predictions
 from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
 from palimpsest.classification.typical import nats_per_token
+from palimpsest.data.rows import text_hashes
 from palimpsest.estimators.any_order import AnyOrder
 from palimpsest.estimators.nelbo import Nelbo, for_comparison
 from palimpsest.experiment.experiment import Experiment
@@ -196,20 +197,21 @@ def test_an_interval_has_its_probability_inside():
 
 def test_predictions_come_back_for_the_same_texts_only(tmp_path):
     scores, posterior = fake_scores(), np.array([[0.9, 0.1], [0.2, 0.8]])
-    write_predictions(tmp_path, scores, posterior, {"temperature": posterior[:, ::-1]})
+    text_M = text_hashes(["a", "b"])
+    write_predictions(tmp_path, scores, text_M, posterior, {"temperature": posterior[:, ::-1]})
     path = predictions_file(tmp_path)
     table = pq.read_table(path).to_pydict()
     assert table["posterior_0"] == table["calibrated_temperature_1"] == [0.9, 0.2]
     assert table["text_id"] == [7, 9] and table["prediction"] == [0, 1] and table["draws"] == [2, 1]
     assert table["log_p_0"] == [-2.0, -5.0] and table["se_0"][0] == pytest.approx(1.0) and np.isnan(table["se_0"][1])
     assert table["margin"] == [2.0, 3.0] and table["margin_se"][0] == pytest.approx(1.0)
-    np.testing.assert_array_equal(read_posterior(path, np.array([9]), np.array([0])), posterior[1:])
+    np.testing.assert_array_equal(read_posterior(path, np.array([9]), np.array([0]), text_M[1:]), posterior[1:])
     columns = ("calibrated_length", "calibrated_temperature", "posterior")
-    found = read_posterior(path, np.array([7, 9]), np.array([0, 0]), columns)
+    found = read_posterior(path, np.array([7, 9]), np.array([0, 0]), text_M, columns)
     np.testing.assert_array_equal(found, posterior[:, ::-1])
-    for ids, labels in (([9, 8], [0, 0]), ([9], [1])):
+    for ids, labels, text in (([9, 8], [0, 0], "ba"), ([9], [1], "b"), ([9], [0], "c")):
         with pytest.raises(ValueError, match="classify.compare"):
-            read_posterior(path, np.array(ids), np.array(labels))
+            read_posterior(path, np.array(ids), np.array(labels), text_hashes(text))
     with pytest.raises(FileNotFoundError, match="classify.compare"):
         predictions_file(tmp_path / "nowhere")
     compared = ComparedMethods(compare=[str(tmp_path)])
