@@ -144,22 +144,28 @@ class CompletionBaselines:
     """Baselines of the answers."""
 
     checks: dict[str, Estimate]  # outcomes of the checks on the references themselves
+    readable: Share  # share of the references that are right after the tokenizer: no model can have more
     constant: Share | None  # share that the most frequent training answer gets right; None without training texts
     constant_answer: str | None
 
 
 def _baselines(data: TextData, judge: AnswerChecker, completed: Sequence[CompletedPrompt]) -> CompletionBaselines:
     checks = check_shares([judge(c.reference, c.reference).checks for c in completed])[1]
+    references = [c.reference for c in completed]
+    read = [decode(data.tokenizer, ids, skip_special=True) for ids in encode(data.tokenizer, references)]
+    readable = share(np.array([judge(*pair).right for pair in zip(read, references, strict=True)]))
     if "train" not in data.splits:
-        return CompletionBaselines(checks, None, None)
+        return CompletionBaselines(checks, readable, None, None)
     train = data.texts("train")
     answers = [judge("", "".join(parts_of(text, ends)[1:])).wanted
                for text, ends in zip(train["text"][:], train["ends"][:], strict=True)]  # fmt: skip
     answers_seen, counts = np.unique([answer for answer in answers if answer is not None], return_counts=True)
     if not len(answers_seen):
-        return CompletionBaselines(checks, None, None)
+        return CompletionBaselines(checks, readable, None, None)
     answer = str(answers_seen[counts.argmax()])
-    return CompletionBaselines(checks, share(np.array([c.answers[0].wanted == answer for c in completed])), answer)
+    return CompletionBaselines(
+        checks, readable, share(np.array([c.answers[0].wanted == answer for c in completed])), answer
+    )
 
 
 def _rows(c: CompletedPrompt) -> list[dict[str, object]]:
@@ -193,7 +199,7 @@ def _results(
         f"pass_at_{request.samples_per_prompt}": _share(answers.any_right),
         "findings": {name: _share(found) for name, found in answers.findings.items()},
         "checks": answers.checks, "num_checks": answers.num_checks, "checks_of_references": baselines.checks,
-        "most_frequent_answer": _share(baselines.constant),
+        "most_frequent_answer": _share(baselines.constant), "references_after_tokenizer": _share(baselines.readable),
         "by_steps_of_reference": {name: _share(right) for name, right in answers.by_steps.items()},
         "by_prompt_tokens": {name: _share(right) for name, right in answers.by_length.items()},
     }  # fmt: skip

@@ -78,6 +78,8 @@ def completions_lines(found: Completions) -> str:
              line("unfinished", answers.unfinished)]  # fmt: skip
     if without := found.results["prompts_without_room"]:
         lines.append(f"{without} prompts left no room in a row and count as wrong; raise model.length")
+    if baselines.readable.value < 1:
+        lines.append(line("right at most, because the tokenizer changes the references:", baselines.readable))
     if answers.majority and answers.any_right:
         lines += [line("majority vote", answers.majority), line(f"pass@{found.samples_per_prompt}", answers.any_right)]
     if baselines.constant:

@@ -246,6 +246,7 @@ def test_training_likelihood_and_answers(gsm8k, law):
     assert 0 < measured["unigram_nats_per_token"].value < 6 and trained["checkpoint"].exists()
     results = run(*law, "mode=sample_eval", "sampling.samples_per_prompt=2")
     assert results["prompts"] == 8 and results["exact_match"]["prompts"] == 8 and results["pass_at_2"] is not None
+    assert 0 < results["references_after_tokenizer"]["value"] <= 1
     folder = next(gsm8k.rglob("samples.jsonl")).parent
     assert folder.name == "test" and "Completed prompts" in (folder / "report.html").read_text()
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
