@@ -34,7 +34,7 @@ class FreeTextRequest:
     def __call__(self, context: SamplingContext) -> FreeTexts:
         """Sample the texts and measure them."""
         data, drawing = context.data, context.drawing
-        real = real_texts(data, self.split, self.number, context.seed)
+        real = real_texts(data, self.split, self.number, context.seed, context.drawing.inputs.max_length)
         masked_rows = rows_to_fill(context.diffusion, data, drawing.inputs, self.number, context.seed)
         sampled = context.sample(masked_rows, np.arange(self.number))
         texts = [decoded(text, drawing.inputs, data.tokenizer) for text in sampled]

@@ -55,11 +55,13 @@ class RealTexts:
     units: Units | None = field(default=None, compare=False)  # of errors; None: each row
 
 
-def real_texts(data: TextData, split: str | None, num_texts: int, seed: int) -> RealTexts:
+def real_texts(
+    data: TextData, split: str | None, num_texts: int, seed: int, max_length: int | None = None
+) -> RealTexts:
     """Choose `num_texts` random rows of a split (at most all); the choice depends on the seed only.
 
-    Rows are used instead of whole documents because diversity depends on the length. If the data are absent or large,
-    there is no reference.
+    Rows are used instead of whole documents, and no more than `max_length` tokens of them, because diversity depends on
+    the length. If the data are absent or large, there is no reference.
 
     Raises ValueError if the data exist, but not this split, or not as rows of the model's length.
     """
@@ -79,7 +81,7 @@ def real_texts(data: TextData, split: str | None, num_texts: int, seed: int) -> 
     columns = {
         name: np.asarray(rows[name])[order] for name in ("sample_id", *UNIT_COLUMNS) if name in rows.column_names
     }
-    ids = [list(map(int, rows[i]["input_ids"])) for i in order.tolist()]
+    ids = [list(map(int, rows[i]["input_ids"][:max_length])) for i in order.tolist()]
     return RealTexts(ids, split, units=Units.of(columns))
 
 

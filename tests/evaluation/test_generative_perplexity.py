@@ -275,6 +275,7 @@ def test_real_texts_are_a_random_choice_or_a_reason(letters, monkeypatch):
     assert chosen == real_texts(data, "validation", 5, seed=1) != real_texts(data, "validation", 5, seed=2)
     assert len({tuple(ids) for ids in chosen.rows}) == 5
     assert len(real_texts(data, "validation", 100, seed=1).rows) == 8
+    assert {len(row) for row in real_texts(data, "validation", 100, seed=1, max_length=2).rows} == {2}
     assert real_texts(data, None, 5, seed=1).missing == "eval.split=null"
     assert real_texts(fake_data(letters, [], OSError("gone")), "validation", 5, seed=1).missing == "gone"
     with pytest.raises(ValueError, match="there is no split 'vaild' .eval.split=vaild; null"):
