@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from palimpsest.common.metrics import Share, share
 from palimpsest.common.values import Name, Natural, NotNegative
 from palimpsest.data.unigram import token_counts
 from palimpsest.dataloader import TextData
@@ -68,8 +69,9 @@ class Guidance:
         return lambda model: ClassifierGuided(model, number, self.weight, log_p_CV, prior_C)
 
 
-def class_shares(truth: GroundTruth | None, texts: list[str], number: int) -> dict[str, float]:
-    """Return the share of texts that the corpus can produce, and the share of these that belong to the class `number`.
+def class_shares(truth: GroundTruth | None, texts: list[str], number: int) -> dict[str, Share]:
+    """Return the share of texts that the corpus can produce, and the share of these that belong to the class `number`,
+    if there are any.
 
     truth: the exact distribution of the corpus; None if it is not known, then the result is empty.
     """
@@ -78,4 +80,4 @@ def class_shares(truth: GroundTruth | None, texts: list[str], number: int) -> di
     posterior_MC = truth.posterior(texts)
     possible_M = np.isfinite(posterior_MC).all(1)
     wanted_M = posterior_MC[possible_M, number] > 0.5
-    return {"possible": float(possible_M.mean()), "of_the_class": float(wanted_M.mean()) if len(wanted_M) else math.nan}
+    return {"possible": share(possible_M), **({"of_the_class": share(wanted_M)} if len(wanted_M) else {})}

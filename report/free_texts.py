@@ -1,12 +1,11 @@
 """Report of free texts: their quality, that of real texts, and the texts themselves."""
 
-import math
 from collections.abc import Sequence
 
 from palimpsest.evaluation.free_texts import FreeTexts
 from palimpsest.evaluation.sample_quality import Comparison, Quality
 from palimpsest.report.denoising import Sample
-from palimpsest.report.formatting import Metric, aligned
+from palimpsest.report.formatting import Metric, aligned, percent
 from palimpsest.report.plain_text import visible
 from palimpsest.report.report import Report
 
@@ -14,10 +13,10 @@ from palimpsest.report.report import Report
 def free_texts_report(report: Report, found: FreeTexts, samples: Sequence[Sample], how: str) -> None:
     """Write the sections of `found`. how: the sampler, in a line."""
     metrics = [Metric("network evaluations", found.evaluations, None, "per sample")]
-    if "possible" in found.results:
-        possible, of_the_class = (100 * found.results[name] for name in ("possible", "of_the_class"))
-        metrics.append(Metric("possible texts", possible, None, "%", "by the corpus itself"))
-        metrics.append(Metric("of the class", of_the_class, None, "%", "of these, by exact posterior"))
+    notes = {"possible": "possible texts, by the corpus itself", "of_the_class": "of these, by exact posterior"}
+    for key, note in notes.items():
+        if key in found.results:
+            metrics.append(Metric.of(key.replace("_", " "), found.results[key], "%", note, 100))
     comparison_section(report, found.comparison, metrics)
     report.section("Texts", f"Drawn by {how}.")
     report.samples(samples)
@@ -28,9 +27,9 @@ def free_texts_lines(found: FreeTexts, texts: Sequence[str], how: str) -> str:
     lines = comparison_lines(found.comparison)
     lines += f"\ndrawn by {how}, {found.evaluations:.1f} network evaluations per sample"
     if "possible" in found.results:
-        of_the_class = found.results["of_the_class"]
-        some = "" if math.isnan(of_the_class) else f", of these {of_the_class:.1%} of the class"
-        lines += f"\n{found.results['possible']:.1%} are possible texts{some}"
+        lines += f"\n{percent(found.results['possible'])} % are possible texts"
+    if "of_the_class" in found.results:
+        lines += f", of these {percent(found.results['of_the_class'])} % of the class"
     return "\n\n".join([*map(visible, texts), lines])
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from palimpsest.common.files import write_atomically
-from palimpsest.common.metrics import Estimate
+from palimpsest.common.metrics import Estimate, Share
 from palimpsest.diffusion import Provenance
 from palimpsest.evaluation.experiment import Experiment
 from palimpsest.report.report import Report
@@ -82,6 +82,8 @@ def write_report(experiment: Experiment, report: Report, folder: Path) -> Path:
 def _plain(value: object) -> object:
     if isinstance(value, Estimate):
         return {"value": value.value, "se": value.se}
+    if isinstance(value, Share):
+        return {name: number for name, number in asdict(value).items() if name != "chance"}
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, Path):
