@@ -203,5 +203,6 @@ def _texts(data: TextData, split: str) -> Labelled:
 
 
 def text_of_id(data: TextData, split: str) -> dict[int, str]:
+    """Return the texts of a split by their number."""
     columns = data.texts(split)[:]
     return dict(zip(columns["text_id"], columns["text"], strict=True))
