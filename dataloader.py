@@ -463,7 +463,8 @@ def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:
     other = copy(data)
     rows = from_table(text_table(texts, [-1] * len(texts)))
     rows = rows.add_column("text_id", np.arange(len(rows)))
-    packed, figures = pack(rows, data.tokenizer, data.vocabulary, data.packing(split), None, split)
+    packing = replace(data.packing(split), drop_empty=True)  # so that such a text is refused below
+    packed, figures = pack(rows, data.tokenizer, data.vocabulary, packing, None, split)
     if left_out := set(range(len(texts))).difference(packed["text_id"]):  # by data.drop_empty or data.long_texts=drop
         number = min(left_out)
         fault = "has no tokens" if figures["empty"] else f"does not fit model.length={data.length}"

@@ -154,6 +154,8 @@ def test_what_does_not_fit_is_refused(folder, model, monkeypatch):
     for number in (0, -1, 1.5):
         with pytest.raises(ValueError, match=f"number={number}: give a number of texts"):
             model.sample(number)
+    with pytest.raises(ValueError, match=r"text 1 \(''\) has no tokens; correct it, or leave it out"):
+        model.log_likelihood(["The film is dull .", ""])
     with pytest.raises(ValueError, match="7 is no text; give a list of texts"):
         model.log_likelihood(["The film is dull .", 7])
     for length in (1, 1000):
