@@ -107,7 +107,7 @@ def test_a_typed_text_is_encoded_like_a_test_text(trained, extra):
     rows, wanted = typed.split("typed"), data.split("test")
     assert [row.tolist() for row in rows["input_ids"]] == [row.tolist() for row in wanted["input_ids"]]
     assert {int(label) for label in rows["label"]} == {-1} and "typed" not in data._splits
-    with pytest.raises(ValueError, match="has no tokens"):
+    with pytest.raises(ValueError, match="there is no text with any token in it"):
         with_texts(data, "typed", [""])
 
 
