@@ -452,7 +452,7 @@ def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:
     if isinstance(texts, str):
         raise ValueError(f"give a list of texts, not one text: [{texts!r:.40}]")
     if other := [text for text in texts if not isinstance(text, str)]:
-        raise ValueError(f"{other[0]!r:.40} is no text; give a list of texts")
+        raise ValueError(f"{other[0]!r:.40} is not a text; give a list of texts")
     if data.wrap:
         raise ValueError(
             f"data={data.name} data.wrap=true cuts rows out of joined texts, which says nothing of a single one; load "

@@ -38,7 +38,7 @@ def explain(
     seed: int,
 ) -> list[ExplainedText]:
     """Return the `number` surest right predictions and as many of the surest wrong ones, with token attributions; none
-    for an estimator that is no mean over masks."""
+    if the estimator is not a mean over masks."""
     scores = result.scores
     data, split = result.data, result.split
     log_odds_MC = scores.log_p_MC + result.log_prior_C
@@ -74,10 +74,10 @@ def token_attributions(
     draws: row number -> how many draws the sequential test took. With the test, the estimator and the seed of the
     measurement, the sum over L is the measured value of the row.
 
-    Raises ValueError for an estimator that is no mean over masks, whose values are no sums over tokens.
+    Raises ValueError if the estimator is not a mean over masks: its values are not sums over tokens.
     """
     if not isinstance(estimator, Nelbo):
-        raise ValueError(f"the {estimator.kind} is no sum over tokens; use eval.estimator=auto for attributions")
+        raise ValueError(f"the {estimator.kind} is not a sum over tokens; use eval.estimator=auto for attributions")
     noising = comparison_mask_sampler(estimator, models[0].diffusion.objective)
     device, attributions = models[0].diffusion.device, []
     for row, taken in draws.items():

@@ -101,7 +101,9 @@ class ClassificationResult:
             "draws_per_text_and_class": float(scores.draws_M.mean()),
             "network_evaluations_per_text": scores.evaluations_per_text,
             "seconds_per_text": scores.seconds / len(scores.label_M),
-            "accuracy_after_evaluations": _curve("evaluations", *self.after_draws()) if scores.several else None,
+            "accuracy_after_evaluations": (
+                _curve("evaluations", *self.after_draws()) if scores.has_several_draws else None
+            ),
             "accuracy_at_mask_rate": _curve("mask_rate", *self.at_mask_rates()) if scores.has_masks else None,
             "temperature": self.fitted.get("temperature"),
             "temperature_by_length": asdict(self.fitted["length"]) if self.fitted else None,

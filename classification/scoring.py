@@ -72,7 +72,7 @@ class ClassScores:
     kind: str  # this and the next two: as in evaluation/likelihood.py
     label: str
     exact: bool
-    behind: int = 1  # draws that each pass is made of, if an estimator is no plain mean
+    draws_per_pass: int = 1  # more than 1 if the estimator is not the mean of its draws
     weight_MP: np.ndarray | None = None  # of the masked tokens, scaled so that the mean over masks is `tokens_M`
 
     @property
@@ -138,14 +138,14 @@ class ClassScores:
         return bool(np.nanmax(self.rate_MP, initial=0.0) > 0)
 
     @property
-    def several(self) -> bool:
+    def has_several_draws(self) -> bool:
         """Return True if a text was drawn more than once."""
         return not self.exact and self.nats_MCK.shape[2] > 1
 
     @property
     def draws_M(self) -> np.ndarray:
         """Masks (orders) per class that each text took."""
-        return np.isfinite(self.nats_MCP[:, 0]).sum(-1) * self.behind
+        return np.isfinite(self.nats_MCP[:, 0]).sum(-1) * self.draws_per_pass
 
     @property
     def evaluations_per_draw(self) -> float:
@@ -181,7 +181,9 @@ def score_classes(
     row_text_R = np.asarray(rows["text_id"])
     text_id_M, first_M, text_R = np.unique(row_text_R, return_index=True, return_inverse=True)
     active_M = np.ones(len(text_id_M), dtype=bool)
-    nats, rates, weights = [], [], []
+    nats: list[np.ndarray] = []
+    rates: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
     tokens_M, evaluations_M = None, np.zeros(len(text_id_M), dtype=int)
     start, done = time.perf_counter(), 0
     for look in [test.num_draws] if exact else test.looks(passes, watch is not None and estimator.in_parts):

@@ -19,7 +19,7 @@ class SplitTexts:
 
     Args:
         limits: split -> data.max_*_texts, None for all.
-        apart: the other sources of a mixture, whose held-out texts are not trained on.
+        other_sources: the other sources of a mixture, whose held-out texts are not trained on.
         streaming: read no more of a split than its limit; for an unlimited train split, `sample_texts`.
     """
 
@@ -31,7 +31,7 @@ class SplitTexts:
     train_splits: Sequence[str] | None
     label_noise: float
     texts_per_class: int | None
-    apart: tuple[Source, ...] = ()
+    other_sources: tuple[Source, ...] = ()
     _texts: dict[str, datasets.Dataset] = field(default_factory=dict, init=False)
 
     def read(self, split: str) -> datasets.Dataset:
@@ -54,7 +54,7 @@ class SplitTexts:
         if len(sources) == 1 or self.train_splits is not None:
             return [self]
         others = lambda source: tuple(other for other in sources if other is not source)
-        return [replace(self, source=source, apart=others(source)) for source in sources]
+        return [replace(self, source=source, other_sources=others(source)) for source in sources]
 
     def of(self, split: str) -> datasets.Dataset:
         """Return columns text, text_id (number in the whole split), and label and ends (data/sources.py) if present.
@@ -81,7 +81,7 @@ class SplitTexts:
             rows = with_wrong_labels(rows, self.label_noise, self.source.label_names)
         if self.label is not None:
             rows = keep_label(rows, self.label, self.source.label_names, split)
-        for other in self.apart if split == "train" else ():
+        for other in self.other_sources if split == "train" else ():
             measured = {name: other.load(name) for name in SPLITS[1:] if name in other.splits}
             rows = without_texts_of(rows, split, measured)
         if split not in SPLITS:

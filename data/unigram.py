@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import datasets
 import numpy as np
 import pyarrow.compute as pc
 from scipy.sparse import csr_matrix
@@ -51,7 +52,7 @@ class _Context:
             return cls(none, None if causal else collate.frame_ids, collate.leading)
         return cls(collate.frame_ids, none, collate.leading)
 
-    def leading(self, rows: object) -> np.ndarray:
+    def leading(self, rows: datasets.Dataset) -> np.ndarray:
         """Return the number of observed tokens at the beginning of each row, (M,)."""
         first_M = first_tokens(rows)
         observed_M = np.ones_like(first_M) if self.first_ids is None else np.isin(first_M, self.first_ids)
@@ -61,7 +62,7 @@ class _Context:
         return prefix_M
 
 
-def first_tokens(rows: object) -> np.ndarray:
+def first_tokens(rows: datasets.Dataset) -> np.ndarray:
     """Return the first token of each row, (M,)."""
     return pc.list_element(rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"], 0).to_numpy()
 

@@ -38,7 +38,7 @@ def fit(experiment: Experiment, label: int | None = None) -> PathOrUrl:
         ValueError: the folder holds a training with other settings.
     """
     if path := experiment.runs.finished(experiment.build.data(label), label):
-        print(f"complete: {path}", *_measured_otherwise(experiment, path, label), sep="\n")
+        print(f"complete: {path}", *_differences_from_training(experiment, path, label), sep="\n")
         return path
     with experiment.runs.lock(label):
         # Another process may have trained it while this one waited.
@@ -75,7 +75,7 @@ def _fit(experiment: Experiment, label: int | None) -> PathOrUrl:
     return experiment.runs.model_path(label)
 
 
-def _measured_otherwise(experiment: Experiment, path: PathOrUrl, label: int | None) -> list[str]:
+def _differences_from_training(experiment: Experiment, path: PathOrUrl, label: int | None) -> list[str]:
     """Return a remark on settings that weights depend on, but not the folder: a run is found again on another machine.
 
     How often and on what it is validated decides about the learning rate of plateau=cut, the mask rates of bd3lm and

@@ -53,9 +53,8 @@ def check_compatible(checkpoint: Checkpoint, ours: Mapping[str, object], shape: 
     refuse_unsupported(checkpoint)
     theirs = {**(DEFAULTS if "configuration" in checkpoint.identity else {}), **checkpoint.settings}
     ours = {**DEFAULTS, **ours}
-    differing = [f"{key}={theirs[key]}" for key in shape
-                 if key in theirs and _uses(theirs, key) and ours.get(key) not in (None, theirs[key])
-                 and not _one_model(key, theirs, ours)]  # fmt: skip
+    compared = [key for key in shape if key in theirs and _uses(theirs, key) and not _one_model(key, theirs, ours)]
+    differing = [f"{key}={theirs[key]}" for key in compared if ours.get(key) not in (None, theirs[key])]
     if theirs.get("data.segments") and not ours["data.segments"]:  # segments defined the blocks of its training
         differing = [setting for setting in differing if not setting.startswith("block_size=")]
     evaluated = "parameterization" in shape and "configuration" in checkpoint.identity

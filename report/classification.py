@@ -172,7 +172,7 @@ def _other_texts(report: Report, found: Detection, split: str) -> None:
 
 def _draws(report: Report, result: ClassificationResult, test: SequentialTest) -> None:
     scores = result.scores
-    if not scores.several:
+    if not scores.has_several_draws:
         return
     report.section("Accuracy by draws", _ABOUT_DRAWS + (_SEQUENTIAL if test.confidence < 1 else ""))
     evaluations, accuracy = result.after_draws()

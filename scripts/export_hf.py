@@ -82,7 +82,9 @@ def _network(checkpoint: Checkpoint, settings: dict[str, object], raw: bool) -> 
             f"--checkpoint={checkpoint.path} is not a DiT: its tensors do not determine {', '.join(missing)}"
         )
     if "class_embed.embedding" in checkpoint.state:
-        raise ValueError(f"--checkpoint={checkpoint.path} is conditioned on classes, which the layout of MDLM has not")
+        raise ValueError(
+            f"--checkpoint={checkpoint.path} is conditioned on classes, which the layout of MDLM does not support"
+        )
     net = build(settings)
     checkpoint.load_into(net, use_ema=not raw)
     return net

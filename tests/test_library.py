@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_refused(folder, model, monkeypatch):
             model.sample(number)
     with pytest.raises(ValueError, match=r"text 1 \(''\) has no tokens; correct it, or leave it out"):
         model.log_likelihood(["The film is dull .", ""])
-    with pytest.raises(ValueError, match="7 is no text; give a list of texts"):
+    with pytest.raises(ValueError, match="7 is not a text; give a list of texts"):
         model.log_likelihood(["The film is dull .", 7])
     for length in (1, 1000):
         with pytest.raises(ValueError, match=f"length={length} must lie in 2..72"):

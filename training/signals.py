@@ -170,7 +170,9 @@ class StopAtSignal(Checkpoint):
     """
 
     def __init__(self, folder: PathOrUrl, resumes: bool = True) -> None:
-        self.folder, self.resumes, self._stop = folder, resumes, 0
+        self.folder = folder
+        self.resumes = resumes
+        self._stop = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step, self._between_steps = trainer.global_step, True

@@ -148,9 +148,9 @@ def test_an_estimate_from_several_orders_counts_them_and_has_no_parts():
     e = experiment()
     models = two_models(e)
     found = scores_of(e, models, SequentialTest(3), AnyOrder())
-    assert (found.draws_M == 3).all() and not found.several
+    assert (found.draws_M == 3).all() and not found.has_several_draws
     assert found.evaluations_per_draw == found.tokens_M.mean()
-    with pytest.raises(ValueError, match="is no sum over tokens; use eval.estimator=auto"):
+    with pytest.raises(ValueError, match="is not a sum over tokens; use eval.estimator=auto"):
         token_attributions(models, e.build.data(), "test", {0: 3}, SequentialTest(3), AnyOrder(), 3)
     result = SimpleNamespace(scores=found, log_prior_C=EVEN, data=e.build.data(), split="test")
     assert explain(models, result, AnyOrder(), SequentialTest(3), 2, 3) == []

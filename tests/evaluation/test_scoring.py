@@ -55,9 +55,12 @@ def test_the_unigram_baseline_begins_where_scoring_does(causal):
     rows = datasets.Dataset.from_dict({"input_ids": [[0, 2, 2, 1], [3, 2, 1]]})
     packing = SimpleNamespace(bos=True, chunk_special=False)
     data = SimpleNamespace(
-        collate=Collate(5, 1, (0,), fill=True), fill="eos", vocabulary=SimpleNamespace(size=4, bos_id=0),
-        split=lambda name: rows, packings={"train": packing},
-    )  # fmt: skip
+        collate=Collate(5, 1, (0,), fill=True),
+        fill="eos",
+        vocabulary=SimpleNamespace(size=4, bos_id=0),
+        split=lambda name: rows,
+        packings={"train": packing},
+    )
     counts_V = np.array([0, 2, 3, 1])
     np.testing.assert_array_equal(token_counts(data, causal)[0], counts_V)
     nats_V = -np.log((counts_V + 1) / (counts_V + 1).sum())
