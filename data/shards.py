@@ -45,7 +45,7 @@ class FilePieces:
     def count(self, shard: int) -> int | None:
         """Return the number of rows of a piece, if it is known without reading them."""
         path, group = self.shards[shard]
-        return None if group is None else _footer(path).row_group(group).num_rows
+        return None if group is None else _footer(path, path.stat().st_mtime_ns).row_group(group).num_rows
 
     def reshard(self) -> "FilePieces":
         return self
@@ -55,11 +55,11 @@ def _groups(path: Path, key: str) -> Sequence[int | None]:
     if kind_of(path) != "parquet" or path.suffix.lower() != ".parquet":
         return [None]
     with reading(path, key):
-        return range(_footer(path).num_row_groups)
+        return range(_footer(path, path.stat().st_mtime_ns).num_row_groups)
 
 
 @lru_cache(maxsize=1)
-def _footer(path: Path) -> pq.FileMetaData:
+def _footer(path: Path, modified: int) -> pq.FileMetaData:  # `modified` is for the cache: a file may be replaced
     return pq.read_metadata(path)
 
 

@@ -85,11 +85,13 @@ class Runs:
         return None if ordinary else self.class_patience
 
     def resume_path(self, label: int | None = None) -> PathOrUrl | None:
-        """Return the checkpoint to resume from, if there is one and checkpointing.resume_from_ckpt allows it: the run's
-        own one, or the typed one if the run was not started from that."""
+        """Return the checkpoint to resume from, if there is one and checkpointing.resume_from_ckpt allows it.
+
+        The run's own checkpoint comes before the typed one if the run was started from that: the same command goes on.
+        """
         if not self.resume:
             return None
-        own = self._own(label)
+        own = self._own_checkpoint(label)
         if own is not None or not self.resume_path_typed:
             return own
         path = path_or_url(self.resume_path_typed, "checkpointing.resume_ckpt_path")
@@ -97,16 +99,19 @@ class Runs:
             raise FileNotFoundError(f"checkpointing.resume_ckpt_path={self.resume_path_typed}: there is no such file")
         return path
 
-    def _own(self, label: int | None) -> PathOrUrl | None:
-        """Return the newest checkpoint of the run itself. With a typed one: if a run of the same settings was started
-        from that, because then the same command goes on; the typed file may be gone since."""
+    def _own_checkpoint(self, label: int | None) -> PathOrUrl | None:
+        """Return the run's newest checkpoint, or None.
+
+        If a file was typed, the checkpoint counts only if it was started from this file with the same settings. The
+        typed file itself may have been removed since.
+        """
         own = newest_good(self.checkpoints(label))
         if own is None or not self.resume_path_typed:
             return own
         progress = read_progress(own)
         known = progress.identity.get("configuration", {})
-        begun = progress.typed("checkpointing.resume_ckpt_path") == self.resume_path_typed
-        return own if begun and not differing(known, self.identity) else None
+        started_from_it = progress.typed("checkpointing.resume_ckpt_path") == self.resume_path_typed
+        return own if started_from_it and not differing(known, self.identity) else None
 
     def finished(self, data: TextData, label: int | None = None) -> PathOrUrl | None:
         """Return the weights of a complete training; None if it is unfinished.
@@ -114,7 +119,7 @@ class Runs:
         Raises:
             ValueError: the training in the folder has other settings, another tokenizer or other texts.
         """
-        last = self._own(label) if self.resume else None
+        last = self._own_checkpoint(label) if self.resume else None
         if last is None:
             return None
         progress = read_progress(last)
