@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import select
 import shlex
 import shutil
 import signal
@@ -75,8 +76,8 @@ class Training:
     log: Path
     pipe: int
 
-    def wait_for_start(self) -> None:
-        os.read(self.pipe, 1)  # or the end of the process
+    def wait_for_start(self, timeout: float = 120.0) -> None:
+        select.select([self.pipe], [], [], timeout)  # or the end of the process
 
     def wait(self, timeout: float = 120.0) -> int:
         """Return the exit status (negative: the signal that ended it), after a kill at `timeout` seconds."""

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,6 +14,7 @@ from palimpsest.data import packing as packing_module
 from palimpsest.data.cache import cached_folder
 from palimpsest.data.packing import Packing, pack
 from palimpsest.data.tokenizers import Vocabulary, decode, encode, load_tokenizer, vocabulary
+from tests.helpers.commands import in_a_process
 
 TEXTS = [f"{'word ' * (i % 7)}number {i}." for i in range(2500)]
 
@@ -229,14 +231,15 @@ def test_a_damaged_cache_entry_is_built_again(damage, tokenizer, vocab, tmp_path
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == [folder.name], "no debris"
 
 
-def test_a_killed_build_leaves_nothing_behind(tmp_path):
-    def killed(folder):
-        (folder / "data").write_text("half")
-        os.kill(os.getpid(), signal.SIGKILL)
+def _killed_build(folder: Path) -> None:
+    (folder / "data").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    process = multiprocessing.get_context("fork").Process(target=cached_folder, args=(tmp_path, "x", {"a": 1}, killed))
-    process.start()
-    process.join()
+
+def test_a_killed_build_leaves_nothing_behind(tmp_path):
+    with in_a_process(cached_folder, tmp_path, "x", {"a": 1}, _killed_build) as process:
+        process.join(300)
+        assert process.exitcode == -signal.SIGKILL
     assert any((left / "data").exists() for left in tmp_path.glob(".x-*-*-*"))
     folder, _ = cached_folder(tmp_path, "x", {"a": 1}, lambda folder: None)
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == [folder.name]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,19 @@ def run_main(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     with start_main(*arguments, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         said, errors = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, said, errors)
+
+
+@contextmanager
+def in_a_process(target: Callable[..., None], *arguments: object) -> Iterator[multiprocessing.Process]:
+    """Run a function of a module in a process of its own, which ends with the context. It is not forked: this process
+    has threads, and what they hold at a fork, a child waits for in vain."""
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 def wait_for(

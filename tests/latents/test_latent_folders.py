@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
-import os
-import signal
 import time
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from palimpsest.latents.lsa import LSA
 from palimpsest.latents.preparing import Plan, Preparation, whole_file
 from palimpsest.latents.shards import Shards
 from palimpsest.scripts import prepare_latents
+from tests.helpers.commands import in_a_process, wait_for
 from tests.helpers.latent_data import Given, Unit, data_with, some_texts, write_folder
 
 TEXTS = {"train": some_texts(50, 0), "validation": some_texts(20, 1)}
@@ -142,10 +141,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def in_a_process(target, *arguments: object) -> multiprocessing.Process:
-    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
-    process.start()
-    return process
+def write_share(folder: Path, numbers: Iterable[int], pause: float = 0) -> None:
+    """Write these shards of the folder `folder` as a process of its own does, with a pause before each."""
+    made, _ = work(folder, folder.parent)
+    encode = made.encoder.encode
+    made.encoder.encode = lambda passages: (time.sleep(pause), encode(passages))[1]
+    made.begin()
+    made.write(numbers)
 
 
 def test_two_processes_and_a_kill_make_the_same_bytes_as_one(tmp_path):
@@ -159,21 +161,20 @@ def test_two_processes_and_a_kill_make_the_same_bytes_as_one(tmp_path):
 
     shared, _ = work(tmp_path / "two", tmp_path)
     shared.begin()
-    for process in [in_a_process(shared.write, range(10)[k::2]) for k in range(2)]:
-        process.join()
-        assert process.exitcode == 0
+    even, odd = (in_a_process(write_share, tmp_path / "two", range(10)[k::2]) for k in range(2))
+    with even as first, odd as second:
+        for process in (first, second):
+            process.join(300)
+            assert process.exitcode == 0
     shared.finish({"length": 24})
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
     killed, _ = work(tmp_path / "killed", tmp_path)
     killed.begin()
-    slow = killed.encoder.encode
-    killed.encoder.encode = lambda passages: (time.sleep(0.03), slow(passages))[1]
-    process = in_a_process(killed.write, range(10))
-    while len(killed.missing()) > 7:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    with in_a_process(write_share, tmp_path / "killed", range(10), 0.1) as process:
+        wait_for(lambda: len(killed.missing()) <= 7 or not process.is_alive())
+        process.kill()
+        process.join(60)
     left = killed.missing()
     assert process.exitcode == -9 and 0 < len(left) <= 7
     (tmp_path / "killed" / "latent_shards" / f"shard_{left[0]:04d}.npy.1.partial").write_bytes(b"half of")

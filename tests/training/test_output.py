@@ -80,18 +80,17 @@ def test_streams_closed_before_the_start_are_replaced(monkeypatch):
 
 def test_no_file_gets_the_descriptor_of_a_closed_output(tmp_path):
     """A checkpoint with descriptor 1 or 2 would receive the output of libraries and child processes."""
-    child = os.fork()
-    if child == 0:  # no test runs on here
-        try:
-            for number in (0, 1, 2):
-                os.close(number)
-            guard_output()
-            file = os.open(tmp_path / "kept", os.O_WRONLY | os.O_CREAT)
-            subprocess.run("echo lost; echo lost >&2", shell=True, check=True)
-            os.write(file, str(file).encode())
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
+    program = """
+import os, subprocess, sys
+from palimpsest.common.output import guard_output
+for number in (0, 1, 2):
+    os.close(number)
+guard_output()
+file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+subprocess.run("echo lost; echo lost >&2", shell=True, check=True)
+os.write(file, str(file).encode())
+"""
+    subprocess.run([sys.executable, "-c", program, tmp_path / "kept"], check=True)
     assert int((tmp_path / "kept").read_text()) > 2
 
 

@@ -32,14 +32,14 @@ def training_elsewhere(folder, until=lambda: time.sleep(600)):
                 until()
         finally:
             os._exit(0)
-    os.read(read, 1)
+    os.close(write)
     try:
+        assert os.read(read, 1), "the other process ended without the lock"
         yield child
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(read)
-        os.close(write)
 
 
 def test_a_second_training_waits_and_names_the_holder(tmp_path, caplog):
@@ -78,6 +78,7 @@ def test_a_killed_training_releases_the_lock_though_its_workers_live_on(tmp_path
         time.sleep(600)
 
     with training_elsewhere(tmp_path, with_a_worker) as other:
+        os.close(pipe)
         worker = int(os.read(workers, 20))
         os.kill(other, signal.SIGKILL)
         with training_lock(tmp_path, wait=True, seconds=0.01):
