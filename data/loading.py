@@ -3,13 +3,16 @@
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec.asyn
 import torch
+from datasets.utils import tqdm
 from joblib import cpu_count
 from torch.utils.data import DataLoader
 
@@ -54,9 +57,19 @@ class Loading:
 
     def arguments(self, workers: int, again: bool) -> dict[str, Any]:
         """Return the arguments of a DataLoader. again: whether it will be iterated more than once."""
-        of_workers = {"prefetch_factor": self.prefetch_factor, "persistent_workers": again and self.persistent_workers}
+        of_workers = {"prefetch_factor": self.prefetch_factor, "persistent_workers": again and self.persistent_workers,
+                      "worker_init_fn": begin_worker}  # fmt: skip
         pin = self.pin_memory and torch.cuda.is_available()
         return {"num_workers": workers, "pin_memory": pin, **(of_workers if workers else {})}
+
+
+def begin_worker(_: int) -> None:
+    """Prepare a forked process: a file system and a lock of its own, and no tokenizer threads, which a fork ends."""
+    fsspec.asyn.reset_lock()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # datasets takes this lock to read rows. Forked processes would share it, and one that is killed while it holds it
+    # would stop all others for good.
+    tqdm.set_lock(threading.RLock())
 
 
 def workers_for(cpus: int, ranks: int, environ: Mapping[str, str]) -> int:

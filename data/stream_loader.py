@@ -5,13 +5,11 @@ Every worker process reads different lanes; the training process joins their par
 
 import itertools
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec.asyn
 import torch
 import torch.distributed
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
@@ -115,7 +113,7 @@ class StreamLoader(TimedLoader):
         settings = dict(arguments)
         self.pinned, workers = settings.pop("pin_memory"), settings["num_workers"]
         parts = _Parts(corpus, batches, places, workers)
-        super().__init__(parts, batch_size=None, worker_init_fn=_begin_worker, **settings)
+        super().__init__(parts, batch_size=None, **settings)
         self.corpus, self.positions = corpus, batches
         self.assemble, self.consumed = collate, consumed
         self.places = {lane: deque([place]) for lane, place in places.items()}
@@ -176,9 +174,3 @@ def _columns(positions: Sequence[int], parts: Sequence[_Part]) -> dict[str, Any]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     lengths = [len(ids) for ids in columns["input_ids"]]
     return {**columns, "length": lengths, "sample_id": positions, "position": positions}
-
-
-def _begin_worker(_: int) -> None:
-    """Prepare a forked process: a separate file system, and no tokenizer threads, which do not survive a fork."""
-    fsspec.asyn.reset_lock()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
 import time
 
 import pytest
 import torch
+from datasets.utils import tqdm
 from torch.utils.data import TensorDataset
 
 from palimpsest.data import loading
 from palimpsest.data.loading import (
     Loading,
     TimedLoader,
+    begin_worker,
     check_shared_memory,
     local_ranks,
     workers_for,
@@ -60,12 +64,31 @@ def test_workers_settings_are_given_only_to_workers(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert Loading(pin_memory=False).arguments(0, again=True) == {"num_workers": 0, "pin_memory": False}
     with_workers = Loading(prefetch_factor=3).arguments(2, again=True)
-    assert with_workers == {"num_workers": 2, "pin_memory": True, "prefetch_factor": 3, "persistent_workers": True}
+    assert with_workers == {"num_workers": 2, "pin_memory": True, "prefetch_factor": 3, "persistent_workers": True,
+                            "worker_init_fn": begin_worker}  # fmt: skip
     assert not Loading().arguments(2, again=False)["persistent_workers"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert not Loading().arguments(0, again=True)["pin_memory"]
     for workers in (0, 1):
         list(TimedLoader(TensorDataset(torch.arange(3)), **Loading(pin_memory=False).arguments(workers, again=False)))
+
+
+class KilledWhileReading(TensorDataset):
+    """datasets holds the lock of its progress bars while it reads rows."""
+
+    def __getitem__(self, index):
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_does_not_stop_the_reading_of_others():
+    shared = tqdm.get_lock()
+    with pytest.raises(RuntimeError, match="killed by signal|exited unexpectedly"):
+        list(TimedLoader(KilledWhileReading(torch.arange(3)), **Loading().arguments(1, again=False)))
+    assert tqdm.get_lock() is shared
+    for lock in shared.locks:
+        assert lock.acquire(timeout=10)
+        lock.release()
 
 
 class Slow(TensorDataset):
