@@ -75,8 +75,11 @@ def run_main(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 
 @contextmanager
 def in_a_process(target: Callable[..., None], *arguments: object) -> Iterator[multiprocessing.Process]:
-    """Run a function of a module in a process of its own, which ends with the context. It is not forked: this process
-    has threads, and what they hold at a fork, a child waits for in vain."""
+    """Run a function of a module in a process of its own, which ends with the context.
+
+    It is not forked, because forks share a lock that `datasets` takes to read rows: one that is killed while it holds
+    it would stop this process.
+    """
     process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
     process.start()
     try:
