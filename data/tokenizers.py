@@ -517,12 +517,16 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, run: list[int], anchor: list[int
     return pieces
 
 
-def tokenizer_from_record(record: Mapping[str, object]) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer in a checkpoint (training/record.py); None if it only has the tokens."""
+def tokenizer_from_record(record: Mapping[str, object], fingerprint: object) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer in a checkpoint (training/record.py).
+
+    None if the checkpoint only has the tokens, or if what it has makes a tokenizer of another `fingerprint`.
+    """
     content = record.get("tokenizer.json")
     if not isinstance(content, str):
         return None
     special = {str(role): str(token) for role, token in dict(record.get("special") or {}).items()}
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(content), name_or_path=str(record.get("name_or_path")), **special
     )
+    return tokenizer if vocabulary(tokenizer).fingerprint == fingerprint else None

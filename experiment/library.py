@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from palimpsest.classification.bayes import averaged_posterior, log_prior
-from palimpsest.data.tokenizers import token_strings, tokenizer_from_record, vocabulary
+from palimpsest.data.tokenizers import token_strings, tokenizer_from_record
 from palimpsest.dataloader import TextData, with_texts
 from palimpsest.diffusion import Diffusion
 from palimpsest.estimators.base import Estimator
@@ -26,7 +26,7 @@ from palimpsest.evaluation.sampling_inputs import Template
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.from_checkpoint import checkpoint_path, complete
 from palimpsest.experiment.running import checked, composed, run
-from palimpsest.models.checkpoints import read_contents, read_settings
+from palimpsest.models.checkpoints import read_settings
 from palimpsest.settings.command_line import in_quotes, key_of
 from palimpsest.settings.identity import overrides, word
 from palimpsest.training.processes import quiet_lightning
@@ -204,7 +204,8 @@ def load(path: str | Path, *typed: str) -> TrainedModel:
     """
     quiet_lightning()
     file = checkpoint_path(path)
-    known = read_settings(file, "path").identity
+    checkpoint = read_settings(file, "path")
+    known = checkpoint.identity
     words = ["mode=sample_eval", f"eval.checkpoint_path={in_quotes(str(file))}", *typed]
     ours = "configuration" in known
     sizes = [one for one in typed if key_of(one) == "model"]
@@ -214,10 +215,9 @@ def load(path: str | Path, *typed: str) -> TrainedModel:
     experiment = checked(composed(words), "palimpsest.load")
     label = known.get("label")
     data = experiment.build.data(label)
-    record = (read_contents(file).get("run") or {}).get("tokenizer") if ours else None
-    tokenizer = tokenizer_from_record(record) if record is not None else None
+    tokenizer = tokenizer_from_record(checkpoint.tokenizer, known.get("tokenizer"))
     other = any(key_of(one) in ("data.tokenizer_name_or_path", "data.vocab_size", "data.mask_token") for one in typed)
-    if not other and tokenizer is not None and vocabulary(tokenizer).fingerprint == known.get("tokenizer"):
+    if not other and tokenizer is not None:
         data.tokenizer = tokenizer  # else it is built again from the training texts
     diffusion = experiment.weights.trained(data, str(file), experiment.weights.disable_ema)
     return TrainedModel(str(file), experiment, data, diffusion, label, words)

@@ -43,7 +43,8 @@ class Checkpoint:
     settings: dict[str, object] = field(default_factory=dict)  # of the network, by key as typed, and `vocab_size`
     step: int | None = None  # optimizer steps of the training
     unsupported: str = ""  # the reason why no network here can use the file
-    tokens: dict[str, int] | None = None  # token -> id of the tokenizer in the file
+    tokens: dict[str, int] | None = None  # token -> id of the tokenizer in a file of the reference projects
+    tokenizer: dict[str, object] = field(default_factory=dict)  # in one of ours (data.tokenizers.tokenizer_from_record)
 
     def load_into(self, backbone: nn.Module, use_ema: bool = True) -> None:
         """Copy the weights into `backbone`, the averaged ones if there are any and `use_ema`. Raises ValueError if
@@ -134,12 +135,16 @@ def _read_progress(path: str, version: str) -> Progress:
     waited = next((int(state["wait_count"]) for state in states if "wait_count" in state), 0)
     best = next((state["best_model_path"] for state in states if state.get("monitor") == "val/nll"), None)
     best_path = files.join_path(files.parent_folder(path), files.basename(files.path_or_url(best))) if best else None
-    data = content.get("TextData")
-    train_size = data.get("train_size") if isinstance(data, dict) else None
-    run = content.get("run")
-    configuration = str(run.get("configuration", "")) if isinstance(run, dict) else ""
+    train_size = _part(content, "TextData").get("train_size")
+    configuration = str(_part(content, "run").get("configuration", ""))
     step, identity = int(content["global_step"]), content.get("identity") or {}
     return Progress(step, waited, best_path, identity, train_size, configuration)
+
+
+def _part(content: Mapping[str, object], name: str) -> dict[str, object]:
+    """Return a part of a file, empty if it is not there, or not a mapping."""
+    part = content.get(name)
+    return part if isinstance(part, dict) else {}
 
 
 def _read_lightning_file(path: PathOrUrl, weights: bool = True) -> Checkpoint:
@@ -149,6 +154,7 @@ def _read_lightning_file(path: PathOrUrl, weights: bool = True) -> Checkpoint:
     found = Checkpoint(path, state, content.get("ema"), identity, step=content.get("global_step"))
     if "configuration" in identity:
         known = identity["configuration"]
+        found.tokenizer = _part(_part(content, "run"), "tokenizer")
     else:
         known, found.unsupported, found.tokens = _reference(content)
     found.settings = {**known, **hub.settings_of_tensors(state)}

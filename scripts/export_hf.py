@@ -1,6 +1,6 @@
 """Write a checkpoint as a directory in the Hub's layout, with code that makes it a transformers model.
 
-    python scripts/export_hf.py --checkpoint outputs/.../last.ckpt --output my-model --tokenizer gpt2
+    python scripts/export_hf.py --checkpoint outputs/.../last.ckpt --output my-model
 
     AutoModelForMaskedLM.from_pretrained("my-model", trust_remote_code=True)      # there
     python main.py mode=ppl_eval backbone=hf_dit eval.checkpoint_path=my-model    # here, without running its code
@@ -10,6 +10,7 @@ The exported code is ours: models/modeling_mdlm.py and what it imports, with rel
 
 import argparse
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -17,12 +18,14 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from palimpsest.data.tokenizers import load_tokenizer, vocabulary
+from palimpsest.data.tokenizers import load_tokenizer, tokenizer_from_record, vocabulary
 from palimpsest.models.checkpoints import Checkpoint, read_checkpoint
 from palimpsest.models.dit import DiT
 from palimpsest.models.hf_dit import build
 from palimpsest.models.hub import CONFIG_FILE, CONFIG_KEYS, MODEL_TYPE, WEIGHT_FILES, settings_of_tensors
 from palimpsest.settings.command_line import clear_errors
+
+log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,11 +56,13 @@ def export(checkpoint_path: str, output: Path, tokenizer_name: str | None = None
             "(subs), whose users would misread its logits"
         )
     net = _network(checkpoint, settings, raw)
-    tokenizer = _tokenizer(tokenizer_name, checkpoint, settings) if tokenizer_name else None
+    tokenizer = _tokenizer(tokenizer_name, checkpoint, settings)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    if tokenizer is not None:
+    if tokenizer is None:
+        log.warning("no tokenizer was written, because the checkpoint holds none; --tokenizer names one")
+    else:
         tokenizer.save_pretrained(partial)
     state = {f"backbone.{name}": tensor.contiguous() for name, tensor in net.state_dict().items()}
     save_file(state, partial / WEIGHT_FILES[0], metadata={"format": "pt"})
@@ -90,8 +95,14 @@ def _network(checkpoint: Checkpoint, settings: dict[str, object], raw: bool) -> 
     return net
 
 
-def _tokenizer(name: str, checkpoint: Checkpoint, settings: dict[str, object]) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(name, mask_token=settings.get("data.mask_token"))
+def _tokenizer(name: str | None, checkpoint: Checkpoint, settings: dict[str, object]) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer `name`, or for None that of the checkpoint; None if it holds none."""
+    if name is None:
+        tokenizer = tokenizer_from_record(checkpoint.tokenizer, checkpoint.identity.get("tokenizer"))
+    else:
+        tokenizer = load_tokenizer(name, mask_token=settings.get("data.mask_token"))
+    if tokenizer is None:
+        return None
     known = vocabulary(tokenizer)
     if known.size != settings["vocab_size"]:
         raise ValueError(
@@ -124,7 +135,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help=".ckpt file, Hub-layout directory or Hub id")
     parser.add_argument("--output", required=True, type=Path, help="the directory to write; it must be new or empty")
-    parser.add_argument("--tokenizer", help="as data.tokenizer_name_or_path: a folder or a Hub name")
+    parser.add_argument("--tokenizer", help="as data.tokenizer_name_or_path: a folder or a Hub name; for checkpoints "
+                                            "that hold none (ours hold that of their training)")  # fmt: skip
     parser.add_argument("--raw", action="store_true", help="the raw weights instead of their average")
     typed = parser.parse_args()
     with clear_errors():
@@ -133,8 +145,6 @@ def main() -> None:
     print("trust_remote_code=True), or here with backbone=hf_dit")
     if assumed:
         print(f"assumed, because the checkpoint does not say: {', '.join(assumed)}; correct config.json if wrong")
-    if not typed.tokenizer:
-        print("no tokenizer was written; --tokenizer names one")
 
 
 if __name__ == "__main__":

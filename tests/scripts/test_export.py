@@ -75,7 +75,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(trained) -> Path:
-    assert export(str(trained / "run/checkpoints/last.ckpt"), trained / "out", str(trained / "tokenizer")) == []
+    assert export(str(trained / "run/checkpoints/last.ckpt"), trained / "out") == []
     return trained / "out"
 
 
@@ -162,10 +162,11 @@ def test_an_export_has_the_likelihood_of_its_checkpoint(trained, exported, monke
         )
 
 
-def test_reference_checkpoints_export_to_the_references_layout(tmp_path, fixtures_dir):
+def test_reference_checkpoints_export_to_the_references_layout(tmp_path, fixtures_dir, caplog):
     path, published = fixtures_dir / "mdlm_subs" / "mdlm.ckpt", fixtures_dir / "hf_mdlm"
     tokenizer = fixtures_dir / "tokenizers" / "dev"
     assert export(str(path), tmp_path / "out", str(tokenizer)) == []
+    assert (tmp_path / "out" / "tokenizer.json").exists()
     wanted, got = (load_file(folder / "model.safetensors") for folder in (published, tmp_path / "out"))
     assert list(wanted) == list(got) and all(torch.equal(got[name], wanted[name]) for name in wanted)
     wanted, got = (json.loads((folder / "config.json").read_text()) for folder in (published, tmp_path / "out"))
@@ -173,6 +174,7 @@ def test_reference_checkpoints_export_to_the_references_layout(tmp_path, fixture
     assert all(got[key] == wanted[key] for key in (*sizes, "time_conditioning", "model_type", "architectures"))
     export(str(fixtures_dir / "mdlm_subs_tc" / "mdlm.ckpt"), tmp_path / "tc")
     assert json.loads((tmp_path / "tc" / "config.json").read_text())["time_conditioning"] is True
+    assert "no tokenizer was written" in caplog.text
     export(str(tmp_path / "out"), tmp_path / "twice")
     twice = load_file(tmp_path / "twice" / "model.safetensors")
     assert all(torch.equal(twice[name], tensor) for name, tensor in load_file(published / "model.safetensors").items())
