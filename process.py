@@ -114,6 +114,15 @@ class Resampling(Process):
         others_NV = self.without_own_token(xt_N, log_p_x0_NV, alpha_N).exp()
         return (self.keep_prob(alpha_N)[:, None] * others_NV + self.noise_prob(alpha_N)).log()
 
+    def given_others(
+        self, ids_N: Tensor, xt_N: Tensor, log_p_NV: Tensor, alpha_t_N: Tensor, alpha_s_N: Tensor
+    ) -> Tensor:
+        """Return log p(x_0 = ids | the other tokens of x_t), float64 (N,), from log p(x_s | x_t): the inverse of
+        `posterior`."""
+        before_NV = (log_p_NV.double() - self._log_step(xt_N, alpha_t_N, alpha_s_N)).softmax(-1)
+        own_N1, noise_N1 = (part.gather(1, ids_N[:, None]) for part in (before_NV, self.noise_prob(alpha_s_N)))
+        return ((own_N1.squeeze(1) - noise_N1.squeeze(1)) / self.keep_prob(alpha_s_N)).clamp(min=0).log()
+
     def without_own_token(self, xt_N: Tensor, log_p_x0_NV: Tensor, alpha_N: Tensor) -> Tensor:
         """Return the leave-one-out posterior, (N, V) in the precision of alpha, from log p(x_0 | x_t)."""
         log_q_NV = self._log_step(xt_N, alpha_N, torch.ones_like(alpha_N))

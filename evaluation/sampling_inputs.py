@@ -24,7 +24,7 @@ from palimpsest.objectives.base import scored_mask
 # Gaps of a template: [MASK] for one token, {{12}} for twelve, {{...}} for the remaining length.
 _GAP = re.compile(r" ?(?:\[MASK\]|\{\{ *(\d+|…|\.\.\.) *\}\})")
 _DIGITS = 12  # digits read of a gap's number; Python refuses to parse thousands of them
-STRETCH = -1  # placeholder for a gap of free length among the ids of a template
+STRETCH = -2  # placeholder for a gap of free length among the ids of a template; Uniform has -1 for a blank
 _MOST_TOKENS = 2**28
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from palimpsest.common.positions import Positions
 from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.objectives.base import Batch, TokenDiffusion, TokenLoss, context, counted_mask, scored_mask
-from palimpsest.objectives.mask_sampling import Bernoulli, Draw, MaskSampler
+from palimpsest.objectives.mask_sampling import Bernoulli, Draw, MaskSampler, TiltedNoise
 from palimpsest.objectives.projection import log_probs, losses
 from palimpsest.process import Resampling, Uniform
 
@@ -40,7 +40,7 @@ class LeaveOneOut(TokenDiffusion):
 
     @property
     def best_mask_sampler(self) -> MaskSampler:
-        return Bernoulli()
+        return TiltedNoise()
 
     def loss_at(self, backbone: Backbone, batch: Batch, draw: Draw) -> TokenLoss:
         scored = Positions(scored_mask(batch))

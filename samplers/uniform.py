@@ -17,31 +17,10 @@ from torch import Tensor
 
 from palimpsest.common.positions import Positions
 from palimpsest.common.values import COUNT, AtLeastOne, Count, Needs, whole
-from palimpsest.denoisers import Denoiser, WrappedDenoiser
-from palimpsest.process import Hybrid, Uniform
+from palimpsest.process import Hybrid, Uniform, draw_categorical
 from palimpsest.samplers.base import Request, Step, TokenChoice, sampler_of, time_grid
 from palimpsest.samplers.ordered import first_positions
 from palimpsest.samplers.trace import Trace
-
-
-class Sharper(WrappedDenoiser):
-    """A denoiser whose distribution of a token, given all others, is that of a `TokenChoice`.
-
-    A step changes few tokens, so p(x_s | x_t) is mostly the token that is there: a lower temperature of that would keep
-    the initial noise. With the leave-one-out posterior, a single token has the sharper distribution exactly.
-    Guidance then mixes predictions of clean tokens, not those of a step.
-    """
-
-    def __init__(self, inner: Denoiser, choice: TokenChoice) -> None:
-        super().__init__(inner)
-        self.choice = choice
-
-    def denoise(self, x_BL: Tensor, t_B: Tensor, at: Positions | None = None, **cond: Tensor) -> Tensor:
-        at = Positions.everywhere(x_BL >= 0) if at is None else at
-        ids_N, alpha_N = at.take(x_BL), at.of_rows(self.schedule(t_B).alpha)
-        log_p_NV = self.inner.denoise(x_BL, t_B, at, **cond)
-        others_NV = self.choice.adjusted(self.process.without_own_token(ids_N, log_p_NV, alpha_N))
-        return self.process.with_own_token(ids_N, others_NV, alpha_N)
 
 
 @dataclass(kw_only=True)
@@ -49,7 +28,9 @@ class Resample(Step):
     """Redraw every open position at each step, from pure noise to a clean text; prompt tokens never change.
 
     Args:
-        choice: applied to the prediction of each token given all others (`Sharper`).
+        choice: applied to the prediction of each token given all others. A step changes few tokens, so p(x_s | x_t) is
+            mostly the token that is there, and a lower temperature of that would keep the initial noise. With one token
+            the choice has its distribution exactly. Guidance then mixes predictions of clean tokens, not of a step.
         noise_removal: end with the most likely token at every position ("greedy tail", DUO, 2506.10892).
         corrector_steps: corrector evaluations after each step; each redraws `corrector_tokens` tokens.
         corrector: `random` chooses these tokens at random, which keeps the distribution if it is one token at a time.
@@ -67,8 +48,7 @@ class Resample(Step):
     self_correction_steps: Annotated[int, whole(0, COUNT)] = 0
 
     def __post_init__(self) -> None:
-        if self.choice != TokenChoice():
-            self.model, self.choice = Sharper(self.model, self.choice), TokenChoice()
+        self.plain = self.choice == TokenChoice()
         trace, steps = self.trace, self.steps
         self.grid = time_grid(steps, self.eps, trace.ids_BL.device)
         # The action of each step, and the index of its time in the grid.
@@ -90,9 +70,14 @@ class Resample(Step):
         self.u_BL = self.noise.uniform(length)
         self.action, place = self.plan[number - 1]
         self.alpha = self.model.schedule(self.grid[place]).alpha
+        self.after = torch.ones_like(self.alpha)  # alpha of the predicted tokens, clean ones or those of a step
         at = self.open
         if self.action == "predict":
-            return Request(at, self.grid[place].expand(batch), self.grid[place + 1].expand(batch))
+            self.next = self.model.schedule(self.grid[place + 1]).alpha
+            if self.plain:
+                self.after = self.next
+                return Request(at, self.grid[place].expand(batch), self.grid[place + 1].expand(batch))
+            return Request(at, self.grid[place].expand(batch))
         if self.action == "correct" and self.corrector == "random":
             score_BL = self.noise.uniform(length).masked_fill(~at.mask_BL, -torch.inf)
             count_B = at.mask_BL.sum(-1).clamp(max=self.corrector_tokens)
@@ -108,24 +93,43 @@ class Resample(Step):
 
     def tokens(self, log_p_NV: Tensor, at: Positions) -> tuple[Tensor, Positions]:
         current_N, u_N = at.take(self.trace.ids_BL), at.take(self.u_BL)
+        chosen_NV = log_p_NV if self.plain else self._sharper(log_p_NV, current_N)
         if self.action == "predict":
-            drawn_N = self.choice.draw(log_p_NV, u_N)
+            drawn_N = draw_categorical(chosen_NV, u_N)
         elif self.action == "correct":
-            drawn_N = self._corrected(log_p_NV, current_N, u_N, at)
+            drawn_N = self._corrected(chosen_NV, current_N, u_N, at)
         elif self.action == "tail":
-            drawn_N = log_p_NV.argmax(-1)
+            drawn_N = chosen_NV.argmax(-1)
         else:
-            drawn_N = self._self_corrected(log_p_NV, current_N, at)
+            drawn_N = self._self_corrected(chosen_NV, current_N, at)
         new_N = drawn_N != current_N
         if self.number == self.last_draw:  # a token may still be the noise that it started as
             new_N |= at.take(self.trace.step_BL) == 0
         new = Positions(at.spread(new_N))
-        return drawn_N[at.find(new)], new
+        here_M = at.find(new)
+        ids_M = drawn_N[here_M]
+        # The confidence of a token is its probability given all others. That of a step is mostly the old token's.
+        log_p_NV[here_M, ids_M] = self._given_others(ids_M, current_N[here_M], log_p_NV[here_M]).to(log_p_NV.dtype)
+        return ids_M, new
+
+    def _sharper(self, log_p_NV: Tensor, current_N: Tensor) -> Tensor:
+        """Return log p(x_0 | x_t), or in a step log p(x_s | x_t), of the prediction that `choice` has sharpened."""
+        process, alpha_N = self.model.process, self.alpha.expand(len(current_N))
+        others_NV = self.choice.adjusted(process.without_own_token(current_N, log_p_NV, alpha_N))
+        sharp_NV = process.with_own_token(current_N, others_NV, alpha_N)
+        if self.action != "predict":
+            return sharp_NV
+        return process.posterior(current_N, sharp_NV, alpha_N, self.next.expand(len(current_N)))
+
+    def _given_others(self, ids_M: Tensor, current_M: Tensor, log_p_MV: Tensor) -> Tensor:
+        """Return the log-probability of each token given all others, float64 (M,)."""
+        alphas = (alpha.expand(len(ids_M)) for alpha in (self.alpha, self.after))
+        return self.model.process.given_others(ids_M, current_M, log_p_MV, *alphas)
 
     def _corrected(self, log_p_NV: Tensor, current_N: Tensor, u_N: Tensor, at: Positions) -> Tensor:
         """Return the tokens after the corrector redraws those it chooses, each given all others."""
         log_q_NV = self.model.process.conditional(current_N, log_p_NV, self.alpha.expand(len(current_N)))
-        drawn_N = self.choice.draw(log_q_NV, u_N)
+        drawn_N = draw_categorical(log_q_NV, u_N)
         if self.corrector == "random":
             return torch.where(at.take(self.chosen_BL), drawn_N, current_N)
         surprise_N = -log_q_NV.gather(1, current_N[:, None]).squeeze(1)

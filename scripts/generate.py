@@ -84,7 +84,7 @@ def arguments(args: argparse.Namespace) -> list[str]:
     }  # fmt: skip
     typed = {name: getattr(args, name) for name in (*UNMASKING, *TEXTS) if getattr(args, name) is not None}
     unused = [name for name in typed if name in UNMASKING and (name, sampler) != ("steps", "uniform")]
-    if sampler in _OTHER_SAMPLERS.values() and unused:
+    if sampler not in ("unmask", "block_unmask") and unused:
         how = "from left to right, a token at a time" if sampler == "ar" else "by changing any token"
         raise ValueError(f"--{unused[0]} {typed[unused[0]]}: this model writes {how}; leave it out")
     settings |= {{**UNMASKING, **TEXTS}[name]: value for name, value in typed.items()}
@@ -105,15 +105,12 @@ def quoted(key: str, value: object) -> str:
     return value if value in ("null", "true") else word(value)
 
 
-# Samplers of models without masks.
-_OTHER_SAMPLERS = {"ar": "ar", "udlm": "uniform", "duo": "uniform", "gidd": "uniform"}
-
-
 def predictor(configuration: dict[str, object]) -> str:
     """Return the default sampler of a model: iterative unmasking if it has masks, within blocks if it has blocks."""
     objective = configuration.get("parameterization")
-    if objective in _OTHER_SAMPLERS:
-        return _OTHER_SAMPLERS[objective]
+    own = command_line.sampler_of(objective)
+    if own not in (None, "block", "analytic"):  # these three are for masks, which may also be unmasked step by step
+        return own
     blocks = configuration.get("block_size") != configuration.get("model.length") or configuration.get("data.segments")
     return "block_unmask" if objective == "bd3lm" and blocks else "unmask"
 

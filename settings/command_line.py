@@ -252,8 +252,9 @@ def _of_duo(arguments: list[str]) -> list[str]:
             objective, on which its meaning depends.
     """
     laws = _values_of("parameterization", arguments)
-    resampled = bool(laws) and laws <= {"udlm", "duo", "gidd"}
-    own = "uniform" if resampled else "ar" if laws == {"ar"} else None
+    brought = {sampler_of(law) for law in laws}
+    own = next(iter(brought)) if brought in ({"ar"}, {"uniform"}) else None
+    resampled = own == "uniform"
     predictors = {"ancestral": own or "ddpm", "ancestral_cache": own or "ddpm_cache"}
     words = {
         "noise": {"log-linear": "loglinear"},
@@ -282,6 +283,13 @@ def _of_duo(arguments: list[str]) -> list[str]:
             value = ",".join(words[key].get(name, name) for name in value.split(","))
         out.append(f"{key}{equals}{value}")
     return out
+
+
+def sampler_of(objective: str) -> str | None:
+    """Return the sampler that the file of an objective brings; None if that of config.yaml fits it."""
+    path = CONFIGS / "parameterization" / f"{objective}.yaml"
+    defaults = OmegaConf.load(path).get("defaults", []) if path.is_file() else []
+    return next((entry["override /sampler"] for entry in defaults if "override /sampler" in entry), None)
 
 
 def _values_of(key: str, arguments: list[str]) -> set[str]:

@@ -10,6 +10,7 @@ import pytest
 from palimpsest.data.tokenizers import encode, load_tokenizer, vocabulary
 from palimpsest.evaluation.drawing import Drawing, SampledTokens, decoded, draw
 from palimpsest.evaluation.sampling_inputs import STRETCH, Template
+from palimpsest.process import Uniform
 from palimpsest.settings.command_line import explain
 from tests.helpers.commands import TINY, run
 
@@ -102,7 +103,9 @@ def test_templates_are_read_as_they_are_written():
         with pytest.raises(ValueError, match=r"sampling.template asks for .* tokens .*too many for model.length=12"):
             Template(template=gaps).ids(Words(), 9, 12)
     assert Template(template="a {{...}} bb").ids(Words(), 9, 12) == Template(template="a {{…}} bb").ids(Words(), 9, 12)
-    assert Template(template="a [MASK] {{...}} bb").ids(Words(), 9, 12) == [1, 9, STRETCH, 2]
+    for blank_id in (9, Uniform.blank_id):
+        assert Template(template="a [MASK] {{...}} bb").ids(Words(), blank_id, 12) == [1, blank_id, STRETCH, 2]
+        assert blank_id != STRETCH
 
 
 @pytest.mark.parametrize(("text", "said"), [

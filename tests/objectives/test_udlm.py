@@ -284,6 +284,8 @@ def test_a_token_follows_the_sharper_distribution_with_any_number_of_steps(choic
         wanted_V = choice.adjusted(model.log_p_V[None]).softmax(-1)[0]
         share_V = found.ids_BL.flatten().bincount(minlength=4) / rows
         assert (share_V - wanted_V).abs().max() < 4 * (wanted_V.max() * (1 - wanted_V.max()) / rows) ** 0.5 + 0.002
+        # The confidence is the model's probability of a token given all others, whatever the step and the choice.
+        assert torch.allclose(found.confidence_BL, model.log_p_V.exp().float()[found.ids_BL], rtol=1e-4)
 
 
 def test_every_generated_token_has_a_step_after_a_corrector_of_one_token():

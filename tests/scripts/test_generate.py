@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from palimpsest.models.checkpoints import Checkpoint, read_settings
 from palimpsest.models.compatibility import check_compatible
 from palimpsest.scripts import generate
 from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.declared import CONFIGS
 from palimpsest.settings.identity import identity, overrides
 from tests.helpers.commands import TINY, run
 
@@ -201,7 +203,10 @@ def test_a_mask_token_is_typed_as_it_is_and_kept_by_checkpoints():
 
 
 @pytest.mark.parametrize(("law", "sampler"), [
-    ("udlm", "uniform"), ("gidd", "uniform"), ("ar", "ar"), ("subs", "unmask"),
+    ("udlm", "uniform"), ("gidd", "uniform"), ("ar", "ar"), ("subs", "unmask"), ("sedd", "unmask"), ("mine", "uniform"),
 ])  # fmt: skip
-def test_each_model_has_the_sampler_of_its_process(law, sampler):
+def test_each_model_has_the_sampler_of_its_process(law, sampler, tmp_path, monkeypatch):
+    shutil.copytree(CONFIGS / "parameterization", tmp_path / "parameterization")
+    shutil.copy(CONFIGS / "parameterization/udlm.yaml", tmp_path / "parameterization/mine.yaml")
+    monkeypatch.setattr("palimpsest.settings.command_line.CONFIGS", tmp_path)
     assert generate.predictor({"parameterization": law, "block_size": 8, "model.length": 8}) == sampler
