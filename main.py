@@ -49,7 +49,7 @@ def main() -> None:
         sys.argv[1:] = words
         _hydra_main()
     if {"-m", "--multirun"} & set(sys.argv):
-        late("palimpsest.scripts.compare").say_how(begun)
+        late("palimpsest.scripts.compare").say_how(begun, words)
     if signals := sys.modules.get("palimpsest.training.signals"):
         signals.SIGNALS.finished()
 

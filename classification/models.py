@@ -6,6 +6,7 @@ Shape suffixes: B batch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from palimpsest.dataloader import TextData
@@ -42,9 +43,14 @@ def labelled_data(experiment: Experiment, split: str) -> TextData:
         raise ValueError(f"classify.split={split} is none of the splits of data={data.name}: {', '.join(data.splits)}")
     for name in ("train", "validation", split):
         data.split(name)
+    present = np.unique(data.texts("train")["label"][:])
+    if absent := [name for number, name in enumerate(data.label_names) if number not in present]:
+        raise ValueError(
+            f"there is no training text of class {', '.join(absent)}; use more training texts (data.max_train_texts, "
+            "data.texts_per_class), or data without this class"
+        )
     for label in range(len(data.label_names)):
-        for name in ("train", "validation"):
-            experiment.build.data(label).texts(name)  # refuses a class without texts
+        experiment.build.data(label).texts("validation")  # with a model per class: refuses a class without texts
     return data
 
 

@@ -6,6 +6,7 @@ therefore see the same texts and the same wrong labels.
 Shape suffixes: M texts.
 """
 
+import math
 from collections.abc import Sequence
 
 import datasets
@@ -45,7 +46,7 @@ def with_wrong_labels(rows: datasets.Dataset, share: float, label_names: Sequenc
 
     Of the first n texts of each class exactly floor(share * n) have a wrong label, for every n, so a class keeps one
     text at least. A text has the same label in every choice of `first_of_each_class`. Raises ValueError if the texts
-    have no labels, or all one class.
+    have no labels, or all one class, or if no label would be wrong.
     """
     if not share:
         return rows
@@ -55,6 +56,11 @@ def with_wrong_labels(rows: datasets.Dataset, share: float, label_names: Sequenc
         raise ValueError(f"data.label_noise={share}: there is only one class; set data.label_noise=0")
     place_M, label_M = _place_in_class(rows), np.asarray(rows["label"][:])
     wrong_M = np.floor(share * (place_M + 1) + _ROUNDING) > np.floor(share * place_M + _ROUNDING)
+    if not wrong_M.any():
+        raise ValueError(
+            f"data.label_noise={share}: no class has the {math.ceil(1 / share - _ROUNDING)} texts of which one label "
+            "is wrong; raise it, or use more texts per class"
+        )
     step_M = 1 + np.floor(_uniform(rows, draw=-10) * (num_classes - 1)).astype(np.int64)
     noisy_M = np.where(wrong_M, (label_M + step_M) % num_classes, label_M)
     table = to_table(rows)

@@ -96,7 +96,10 @@ def keep_label(rows: datasets.Dataset, label: int, label_names: Sequence[str] | 
         raise ValueError(f"data.label={label} is not one of the labels: {classes(label_names)}")
     keep = np.flatnonzero(np.asarray(rows["label"][:]) == label)
     if not len(keep):
-        raise ValueError(f"data.label={label} ({label_names[label]}): the {split} split has no text with that label")
+        raise ValueError(
+            f"data.label={label}: the {split} split has no text of class {label_names[label]}; give it some (more "
+            "texts, a larger data.validation_share or data.test_share), or leave the class out of the data"
+        )
     return take_rows(rows, keep)
 
 

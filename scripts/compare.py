@@ -28,12 +28,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(*write_comparison(found, Path(typed.out), command), sep="\n")
 
 
-def say_how(begun: float, below: Path = Path("outputs")) -> None:
-    """Print the command that compares the results written since `begun`, if there are several."""
-    files = [path for path in below.rglob("results.json") if path.stat().st_mtime >= begun]
+def say_how(begun: float, words: Sequence[str]) -> None:
+    """Print the command that compares the results written since `begun`, if there are several.
+
+    words: the command, which may say where they are (output_dir, checkpointing.save_dir).
+    """
+    typed = [word.partition("=")[2] for word in words if word.startswith(("output_dir=", "checkpointing.save_dir="))]
+    places = {_fixed(place) for value in typed for place in value.split(",")} or {Path("outputs")}
+    written = {path for place in places for path in place.rglob("results.json")}
+    files = [path for path in written if path.stat().st_mtime >= begun]
     folders = [str(path.parent) for path in sorted(files, key=lambda path: path.stat().st_mtime)]
     if len(folders) > 1:
         print(f"\ncompare them: python main.py compare {shlex.join(folders)}")
+
+
+def _fixed(place: str) -> Path:
+    """Return the folder in `place` that does not depend on other settings."""
+    start, found, _ = place.partition("${")
+    return Path(start) if not found or start.endswith("/") else Path(start).parent
 
 
 if __name__ == "__main__":

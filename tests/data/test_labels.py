@@ -47,7 +47,11 @@ def test_each_class_has_the_number_and_smaller_choices_are_parts_of_larger_ones(
 def test_the_share_of_wrong_labels_is_exact_in_every_choice(share):
     rows, known = rows_of(), labels_by_id(rows_of())
     all_noisy = labels_by_id(with_wrong_labels(rows, share, NAMES))
-    for number in (1, 8, 10, 100):
+    with pytest.raises(
+        ValueError, match=rf"label_noise={share}: no class has the \d+ texts of which one label is wrong"
+    ):
+        with_wrong_labels(first_of_each_class(rows, 1, NAMES), share, NAMES)
+    for number in (5, 8, 10, 100):
         noisy = labels_by_id(with_wrong_labels(first_of_each_class(rows, number, NAMES), share, NAMES))
         assert all(all_noisy[i] == label for i, label in noisy.items()), "the same labels in every choice"
         for label in range(3):
@@ -100,6 +104,10 @@ def test_messages(tmp_path):
             "data.texts_per_class=41")  # fmt: skip
     refused("data.texts_per_class=5 needs all texts.*data.streaming=false", *classify, "data.texts_per_class=5",
             "data.streaming=true")  # fmt: skip
+    refused("data.label_noise=0.1: no class has the 10 texts of which", *classify, "data.label_noise=0.1",
+            "data.texts_per_class=9")  # fmt: skip
+    refused("there is no training text of class [a-z]+; use more training texts", *classify, "data.max_train_texts=1",
+            "classify.sharing=conditional", "loader.global_batch_size=1")  # fmt: skip
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(f"one more line of text, number {i}" for i in range(60)))
     text = ["data=text", f"data.path={path}", "data.tokenizer_name_or_path=char", "model.length=16", *TINY]

@@ -79,7 +79,9 @@ def test_texts_are_compared_by_perplexity_and_entropy_and_a_figure_may_be_missin
 
 def test_a_sweep_ends_with_the_command(runs, monkeypatch, capsys):
     monkeypatch.chdir(runs)
-    say_how(0.0, runs)
-    assert "compare them: python main.py compare" in capsys.readouterr().out
-    say_how(1e12, runs)
+    for place in (f"{runs}", f"{runs}/${{seed}}", f"{runs}/a${{seed}}", f"{runs / 'none'},{runs}"):
+        word = f"checkpointing.save_dir={place}"
+        say_how(0.0, ["-m", "seed=1,2", word])
+        assert "compare them: python main.py compare" in capsys.readouterr().out, word
+    say_how(1e12, [f"output_dir={runs}"])
     assert not capsys.readouterr().out
