@@ -112,7 +112,7 @@ def _other_tokens(checkpoint: Checkpoint, data: object) -> bool:
 
 def _tokenizer_name(theirs: Mapping[str, object]) -> str:
     name, size = theirs.get("data.tokenizer_name_or_path", "one"), theirs.get("vocab_size")
-    ids = f" with vocab_size={size}, the mask included" if size else ""
+    ids = f" with vocab_size={size} (the network's ids)" if size else ""
     data = f" of data={theirs['data.name']}" if "data.name" in theirs else ""
     return f"{name}{data}{ids}"
 
