@@ -26,7 +26,7 @@ from palimpsest.objectives.base import Model
 from palimpsest.objectives.subs import Subs
 from palimpsest.objectives.udlm import UDLM
 from palimpsest.process import Absorbing, Uniform
-from palimpsest.samplers import ancestral, first_hitting, uniform, unmasking
+from palimpsest.samplers import ancestral, entropy_bounded, first_hitting, uniform, unmasking
 from palimpsest.samplers.trace import Trace
 
 MASK, FIRST = 0, 1  # the id of the first word
@@ -106,6 +106,8 @@ def samplers() -> dict[str, tuple[str, Callable[..., Trace]]]:
     found = {f"ddpm_cache, {steps} steps": ("masks", sampler) for steps, sampler in cached.items()}
     found |= {f"unmask, random, {steps} steps": ("masks", partial(one_each, steps=steps)) for steps in (8, 32, 64)}
     found["first_hitting"] = ("masks", first_hitting.sample)
+    bounded = {gamma: partial(entropy_bounded.sample, gamma=gamma) for gamma in (0.1, 1.0, 3.0)}
+    found |= {f"entropy_bounded, gamma {gamma}": ("masks", sampler) for gamma, sampler in bounded.items()}
     for tail in (True, False):
         of = partial(uniform.sample, noise_removal=tail)
         name = "uniform" if tail else "uniform without greedy tail"
