@@ -119,7 +119,8 @@ class Resampling(Process):
     ) -> Tensor:
         """Return log p(x_0 = ids | the other tokens of x_t), float64 (N,), from log p(x_s | x_t): the inverse of
         `posterior`."""
-        before_NV = (log_p_NV.double() - self._log_step(xt_N, alpha_t_N, alpha_s_N)).softmax(-1)
+        log_q_NV = self._log_step(xt_N, alpha_t_N, alpha_s_N)  # -inf where log p is
+        before_NV = (log_p_NV.double() - log_q_NV.clamp(min=torch.finfo(torch.float64).min)).softmax(-1)
         own_N1, noise_N1 = (part.gather(1, ids_N[:, None]) for part in (before_NV, self.noise_prob(alpha_s_N)))
         return ((own_N1.squeeze(1) - noise_N1.squeeze(1)) / self.keep_prob(alpha_s_N)).clamp(min=0).log()
 

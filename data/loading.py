@@ -57,8 +57,11 @@ class Loading:
 
     def arguments(self, workers: int, again: bool) -> dict[str, Any]:
         """Return the arguments of a DataLoader. again: whether it will be iterated more than once."""
-        of_workers = {"prefetch_factor": self.prefetch_factor, "persistent_workers": again and self.persistent_workers,
-                      "worker_init_fn": begin_worker}  # fmt: skip
+        of_workers = {
+            "prefetch_factor": self.prefetch_factor,
+            "persistent_workers": again and self.persistent_workers,
+            "worker_init_fn": begin_worker,
+        }
         pin = self.pin_memory and torch.cuda.is_available()
         return {"num_workers": workers, "pin_memory": pin, **(of_workers if workers else {})}
 

@@ -96,7 +96,7 @@ def _network(checkpoint: Checkpoint, settings: dict[str, object], raw: bool) -> 
 
 
 def _tokenizer(name: str | None, checkpoint: Checkpoint, settings: dict[str, object]) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer `name`, or for None that of the checkpoint; None if it holds none."""
+    """Return the tokenizer `name`; without a name that of the checkpoint, None if it holds none."""
     if name is None:
         tokenizer = tokenizer_from_record(checkpoint.tokenizer, checkpoint.identity.get("tokenizer"))
     else:
@@ -135,8 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help=".ckpt file, Hub-layout directory or Hub id")
     parser.add_argument("--output", required=True, type=Path, help="the directory to write; it must be new or empty")
-    parser.add_argument("--tokenizer", help="as data.tokenizer_name_or_path: a folder or a Hub name; for checkpoints "
-                                            "that hold none (ours hold that of their training)")  # fmt: skip
+    parser.add_argument("--tokenizer", help="a folder or a Hub name, if the checkpoint holds no tokenizer (ours do)")
     parser.add_argument("--raw", action="store_true", help="the raw weights instead of their average")
     typed = parser.parse_args()
     with clear_errors():

@@ -13,7 +13,7 @@ from palimpsest.corpora.grammar import FiniteStateGrammar, weighted
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.noise_schedule import Cosine, CosineSquared, LogLinear
 from palimpsest.objectives.gidd import GIDD
-from palimpsest.objectives.mask_sampling import Bernoulli, TiltedNoise
+from palimpsest.objectives.mask_sampling import Bernoulli, MaskSampler, TiltedNoise
 from palimpsest.objectives.udlm import UDLM
 from palimpsest.process import Hybrid, Uniform
 
@@ -47,7 +47,7 @@ def test_the_error_is_that_of_replications_also_for_surprises_in_little_noise(wo
     model = (UDLM if word_share is None else GIDD)(LogLinear(), process).model(network)
     x_ML = torch.tensor([[ids[word] for word in text] for text in texts])
 
-    def surprise(noising: object, seed: int) -> tuple[float, float]:
+    def surprise(noising: MaskSampler | None, seed: int) -> tuple[float, float]:
         """The mean distance to the truth over 500 texts, and its error."""
         chosen_B = torch.multinomial(p_M, 500, replacement=True, generator=torch.Generator().manual_seed(seed))
         batch = {"input_ids": x_ML[chosen_B], "sample_id": torch.arange(500)}

@@ -20,7 +20,7 @@ from palimpsest.objectives.base import Model
 from palimpsest.objectives.mask_sampling import Bernoulli, Complementary, ExactCount, TiltedCount
 from palimpsest.objectives.mlm import Rates
 from palimpsest.objectives.udlm import UDLM
-from palimpsest.process import Uniform
+from palimpsest.process import Hybrid, Uniform
 from palimpsest.samplers import uniform
 from palimpsest.samplers.base import TokenChoice
 from palimpsest.samplers.trace import Trace
@@ -48,6 +48,12 @@ def test_the_posterior_is_bayes_rule():
     torch.testing.assert_close(found.exp(), wanted)
     others = process.without_own_token(torch.arange(V), log_p, alpha_t.expand(V))
     torch.testing.assert_close(process.with_own_token(torch.arange(V), others, alpha_t.expand(V)), log_p)
+    for law in (process, Hybrid(V - 1, V, 0.3)):
+        every, alphas = torch.arange(V), (alpha_t.expand(V), alpha_s.expand(V))
+        others = law.without_own_token(every, log_p, alphas[0])
+        for ids in (every, every.flip(0)):
+            found = law.given_others(ids, every, law.posterior(every, log_p, *alphas), *alphas)
+            torch.testing.assert_close(found, others.gather(1, ids[:, None])[:, 0])
 
 
 @pytest.mark.parametrize("t", [1e-6, 1e-3, 0.3, 0.8, 0.999, 1 - 1e-9])
