@@ -22,7 +22,7 @@ from palimpsest.data.stream import BatchPlan
 from palimpsest.denoisers import BlockDenoiser, Denoiser, JointDenoiser
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.checkpoints import Checkpoint
-from palimpsest.models.class_conditioning import UNCONDITIONAL, start_from_counts
+from palimpsest.models.class_conditioning import UNCONDITIONAL, check_names, start_from_counts
 from palimpsest.models.ema import EMA
 from palimpsest.models.freezing import refuse_frozen
 from palimpsest.models.sharding import shard
@@ -342,6 +342,8 @@ class Diffusion(lightning.LightningModule):
             checkpoint["ema"] = self.ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, object]) -> None:
+        names = [name.removeprefix("backbone.") for name in checkpoint["state_dict"]]
+        check_names(names, self.backbone.state_dict(), "the checkpoint to be resumed")
         found = [checkpoint["state_dict"].pop(name, None) for name in MASK_RATES]
         if self.objective.sampling_eps is not None and None not in found:
             self.objective.clip(*(float(value) for value in found))

@@ -18,6 +18,7 @@ from palimpsest.data.passages import Passages
 from palimpsest.data.tokenizers import Vocabulary
 from palimpsest.latents.encoder import Encoder
 from palimpsest.models.checkpoints import Checkpoint, read_checkpoint
+from palimpsest.models.class_conditioning import num_classes_of
 from palimpsest.models.hf_dit import build
 
 KEY = "latents.checkpoint_path"
@@ -132,8 +133,8 @@ def _network(checkpoint: Checkpoint, path: str, vocab_size: int) -> nn.Module:
     if not is_network:  # hf_dit, hf_causal: networks that a file describes
         settings = {key: value for key, value in settings.items() if not str(value).startswith("{")}  # its config.json
         settings |= {"checkpoint_path": path, "resumed": None, "from_pretrained": None}
-    if "class_embed.embedding" in checkpoint.state:
-        settings["num_classes"] = len(checkpoint.state["class_embed.embedding"])
+    if number := num_classes_of(checkpoint.state):
+        settings["num_classes"] = number
     if latents := checkpoint.identity.get("latents"):
         settings["latent_shape"] = tuple(latents["shape"])
     try:

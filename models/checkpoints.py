@@ -23,6 +23,7 @@ from palimpsest.common import files
 from palimpsest.common.files import PathOrUrl
 from palimpsest.common.messages import excerpt
 from palimpsest.models import hub, torch_archive
+from palimpsest.models.class_conditioning import check_names
 from palimpsest.models.ema import EMA
 from palimpsest.models.inert_pickle import Inert
 from palimpsest.models.reference_settings import settings_of_reference
@@ -51,6 +52,7 @@ class Checkpoint:
         names or shapes differ; nothing has been changed then."""
         ours = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
         theirs = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
+        check_names(theirs, ours, self.path)
         problems = [
             f"{name}: checkpoint {theirs[name]}, model {ours[name]}"
             for name in ours.keys() & theirs.keys()
@@ -60,7 +62,7 @@ class Checkpoint:
         problems += [f"{name}: not in the model" for name in theirs.keys() - ours.keys()]
         if problems:
             shown = "\n  ".join(sorted(problems)[:6])
-            of_classes = any(problem.startswith(("class_embed.", "bigrams.")) for problem in problems)
+            of_classes = any(problem.startswith(("class_embed.", "class_shift.", "bigrams.")) for problem in problems)
             settings = "classify.sharing= and classify.bigrams=" if of_classes else "model=, model.* and backbone="
             raise ValueError(
                 f"{self.path} does not fit the model ({len(problems)} differences):\n  {shown}\n"

@@ -3,7 +3,7 @@
 Shape suffixes: B batch, L length, V vocabulary, D width, C classes, E embedding width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,27 @@ UNCONDITIONAL = -1
 class ClassEmbedding(nn.Module):
     """class_id (B,) -> (B, E); zero for UNCONDITIONAL, which label dropout assigns."""
 
-    def __init__(self, num_classes: int, dim: int) -> None:
+    def __init__(self, num_classes: int, dim: int, scale: float = 1.0) -> None:
         super().__init__()
-        self.embedding = nn.Parameter(torch.randn(num_classes, dim))
+        self.embedding = nn.Parameter(scale * torch.randn(num_classes, dim))
 
     def forward(self, class_id_B: Tensor) -> Tensor:
         return F.embedding(class_id_B.clamp(min=0), self.embedding) * (class_id_B >= 0)[:, None]
+
+
+def check_names(theirs: Collection[str], ours: Collection[str], file: object) -> None:
+    """Refuse weights of a network that read the class in another way. Raises ValueError."""
+    if "class_shift.embedding" in ours and "class_embed.embedding" in theirs:
+        raise ValueError(
+            f"{file} was trained when the class embedding was added within silu (until 2026-11-30); its network would "
+            "compute something else now: train it again, in another folder"
+        )
+
+
+def num_classes_of(state: Mapping[str, Tensor]) -> int:
+    """Return the number of classes of the network that these weights are of, 0 without classes."""
+    names = ("class_embed.embedding", "class_shift.embedding")
+    return next((len(state[name]) for name in names if name in state), 0)
 
 
 class ClassHead(nn.Module):

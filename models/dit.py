@@ -85,7 +85,12 @@ class DiT(BlockStreams, Recomputing, Backbone):
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, cond_dim, n_heads, dropout, backend) for _ in range(n_blocks))
         self.output_layer = OutputLayer(hidden_size, vocab_size, cond_dim, num_classes)
         if num_classes:
-            self.class_embed = ClassEmbedding(num_classes, cond_dim)
+            self.class_shift = ClassEmbedding(num_classes, cond_dim, scale=0.02)
+
+    @property
+    def class_embed(self) -> ClassEmbedding:
+        """Return the embedding of the classes."""
+        return self.class_shift
 
     @property
     def settings(self) -> dict[str, object]:
@@ -141,6 +146,9 @@ class DiT(BlockStreams, Recomputing, Backbone):
         return hidden_BQD if at is None else at.from_table(hidden_BQD)
 
     def conditioning(self, sigma_B: Tensor, class_id: Tensor | None = None) -> Tensor:
-        """Return the input of adaLN, silu of the embedded sigma plus the class embedding, (B, C)."""
-        embedded_BC = self.sigma_map(sigma_B if self.time_conditioning else torch.zeros_like(sigma_B))
-        return F.silu(embedded_BC if class_id is None else embedded_BC + self.class_embed(class_id))
+        """Return the input of adaLN, silu of the embedded sigma, and the class embedding added to it, (B, C).
+
+        Within silu no class would get through where the embedded sigma is far below 0, as a learned constant may be.
+        """
+        embedded_BC = F.silu(self.sigma_map(sigma_B if self.time_conditioning else torch.zeros_like(sigma_B)))
+        return embedded_BC if class_id is None else embedded_BC + self.class_shift(class_id)

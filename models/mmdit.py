@@ -90,11 +90,16 @@ class MMDiT(Recomputing, Backbone):
         )
         self.output_layer = OutputLayer(hidden_size, vocab_size, cond_dim, num_classes)
         if num_classes:
-            self.class_embed = ClassEmbedding(num_classes, cond_dim)
+            self.class_shift = ClassEmbedding(num_classes, cond_dim, scale=0.02)
         tokens, numbers = self.latent_shape
         self.times = Times(cond_dim)
         self.latent_input = LatentInput(numbers, self.latent_size, tokens)
         self.latent_output = LatentOutput(self.latent_size, numbers, cond_dim, dropout)
+
+    @property
+    def class_embed(self) -> ClassEmbedding:
+        """Return the embedding of the classes."""
+        return self.class_shift
 
     @property
     def settings(self) -> dict[str, object]:
@@ -219,6 +224,6 @@ class MMDiT(Recomputing, Backbone):
         """Return the inputs of adaLN in the text stream and in the latent stream, (B, C) each."""
         sigma_B = sigma_B if self.time_conditioning else torch.zeros_like(sigma_B)
         mixed_BC = self.times(-torch.expm1(-sigma_B.float()), latent_t_B)
-        embedded_BC = self.sigma_map(sigma_B) + self.times.to_text(mixed_BC)
-        embedded_BC = embedded_BC if class_id is None else embedded_BC + self.class_embed(class_id)
-        return F.silu(embedded_BC), F.silu(mixed_BC)
+        embedded_BC = F.silu(self.sigma_map(sigma_B) + self.times.to_text(mixed_BC))
+        embedded_BC = embedded_BC if class_id is None else embedded_BC + self.class_shift(class_id)
+        return embedded_BC, F.silu(mixed_BC)

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from palimpsest.data.tokenizers import load_tokenizer, tokenizer_from_record, vocabulary
 from palimpsest.models.checkpoints import Checkpoint, read_checkpoint
+from palimpsest.models.class_conditioning import num_classes_of
 from palimpsest.models.dit import DiT
 from palimpsest.models.hf_dit import build
 from palimpsest.models.hub import CONFIG_FILE, CONFIG_KEYS, MODEL_TYPE, WEIGHT_FILES, settings_of_tensors
@@ -86,7 +87,7 @@ def _network(checkpoint: Checkpoint, settings: dict[str, object], raw: bool) -> 
         raise ValueError(
             f"--checkpoint={checkpoint.path} is not a DiT: its tensors do not determine {', '.join(missing)}"
         )
-    if "class_embed.embedding" in checkpoint.state:
+    if num_classes_of(checkpoint.state):
         raise ValueError(
             f"--checkpoint={checkpoint.path} is conditioned on classes, which the layout of MDLM does not support"
         )

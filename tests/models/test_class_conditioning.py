@@ -9,7 +9,8 @@ from transformers import AutoConfig
 from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise
 from palimpsest.models.ar import AR
-from palimpsest.models.class_conditioning import UNCONDITIONAL, start_from_counts, with_class
+from palimpsest.models.checkpoints import Checkpoint
+from palimpsest.models.class_conditioning import UNCONDITIONAL, num_classes_of, start_from_counts, with_class
 from palimpsest.models.dit import DiT
 from palimpsest.models.hf_mlm import HFMaskedLM
 from palimpsest.noise_schedule import LogLinear
@@ -61,6 +62,22 @@ def test_without_a_class_embedding_only_the_bias_of_the_class_is_left():
     torch.testing.assert_close(conditional - unconditional, net.head.weight[:, 16 + 1].expand_as(conditional))
 
 
+def test_the_class_gets_through_whatever_the_network_has_made_of_the_time_that_it_is_not_shown():
+    net = dit()
+    torch.nn.init.constant_(net.sigma_map.mlp[2].bias, -40.0)  # silu is 0 there
+    torch.nn.init.zeros_(net.head.weight[:, 16:])
+    logits = [net.head(net.encode(TOKENS, ZERO, class_id=torch.full((2,), k))) for k in (0, 1)]
+    assert (logits[0] - logits[1]).abs().max() > 0.1
+
+
+def test_weights_of_the_network_that_read_classes_within_silu_are_refused(tmp_path):
+    net = dit()
+    state = {name.replace("class_shift", "class_embed"): tensor for name, tensor in net.state_dict().items()}
+    assert num_classes_of(state) == num_classes_of(net.state_dict()) == CLASSES
+    with pytest.raises(ValueError, match="x.ckpt was trained when the class embedding was added within silu"):
+        Checkpoint("x.ckpt", state).load_into(net)
+
+
 def test_chosen_positions_are_those_of_the_whole_row():
     net, at = dit(), TOKENS == MASK
     class_id = torch.tensor([2, 0])
@@ -70,7 +87,7 @@ def test_chosen_positions_are_those_of_the_whole_row():
 
 
 def test_a_network_that_knows_no_classes_has_the_shapes_of_one_that_never_will():
-    assert "class_embed.embedding" not in dit(0).state_dict() and dit(0).head.in_features == 16
+    assert not num_classes_of(dit(0).state_dict()) and dit(0).head.in_features == 16
     assert with_class(torch.zeros(2, 5, 4), torch.tensor([1, UNCONDITIONAL]), 3)[..., 4:].sum((1, 2)).tolist() == [5, 0]
 
 

@@ -215,7 +215,7 @@ def test_class_lr_multiplies_the_updates_of_what_belongs_to_the_classes(build):
     plain, faster = changes
     head = next(name for name, p in net.named_parameters() if p is net.head.weight)
     for name, change in plain.items():
-        if name == "class_embed.embedding":
+        if name == "class_shift.embedding":
             torch.testing.assert_close(faster[name], 5 * change, rtol=1e-4, atol=1e-7)
         elif name == head:
             torch.testing.assert_close(faster[name][:, -2:], 5 * change[:, -2:], rtol=1e-4, atol=1e-7)
