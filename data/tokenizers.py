@@ -517,7 +517,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, run: list[int], anchor: list[int
     return pieces
 
 
-def tokenizer_from_record(record: Mapping[str, object], fingerprint: object) -> PreTrainedTokenizerBase | None:
+def tokenizer_from_record(record: Mapping[str, object], fingerprint: str | None) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer in a checkpoint (training/record.py).
 
     None if the checkpoint only has the tokens, or if what it has makes a tokenizer of another `fingerprint`.

@@ -52,7 +52,7 @@ class Checkpoint:
         names or shapes differ; nothing has been changed then."""
         ours = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
         theirs = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
-        check_names(theirs, ours, self.path)
+        check_names(theirs, ours, str(self.path))
         problems = [
             f"{name}: checkpoint {theirs[name]}, model {ours[name]}"
             for name in ours.keys() & theirs.keys()

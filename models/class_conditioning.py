@@ -23,7 +23,7 @@ class ClassEmbedding(nn.Module):
         return F.embedding(class_id_B.clamp(min=0), self.embedding) * (class_id_B >= 0)[:, None]
 
 
-def check_names(theirs: Collection[str], ours: Collection[str], file: object) -> None:
+def check_names(theirs: Collection[str], ours: Collection[str], file: str) -> None:
     """Refuse weights of a network that read the class in another way. Raises ValueError."""
     if "class_shift.embedding" in ours and "class_embed.embedding" in theirs:
         raise ValueError(

@@ -78,8 +78,8 @@ class HFMaskedLM(published.PublishedBackbone):
         setattr(self.model.get_submodule(parent), attribute, nn.Identity())
         self.head = head
         if num_classes:
-            self.class_embed = ClassEmbedding(num_classes, self.model.get_input_embeddings().embedding_dim)
-            nn.init.normal_(self.class_embed.embedding, std=_CLASS_SCALE)
+            width = self.model.get_input_embeddings().embedding_dim
+            self.class_embed = ClassEmbedding(num_classes, width, scale=_CLASS_SCALE)
             self.head = ClassHead(head, num_classes)
             self.num_classes = num_classes
         if input_BLD is not None:

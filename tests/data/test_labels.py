@@ -104,10 +104,19 @@ def test_messages(tmp_path):
             "data.texts_per_class=41")  # fmt: skip
     refused("data.texts_per_class=5 needs all texts.*data.streaming=false", *classify, "data.texts_per_class=5",
             "data.streaming=true")  # fmt: skip
-    refused("data.label_noise=0.1: no class has the 10 texts of which", *classify, "data.label_noise=0.1",
-            "data.texts_per_class=9")  # fmt: skip
-    refused("there is no training text of class [a-z]+; use more training texts", *classify, "data.max_train_texts=1",
-            "classify.sharing=conditional", "loader.global_batch_size=1")  # fmt: skip
+    refused(
+        "data.label_noise=0.1: no class has the 10 texts of which",
+        *classify,
+        "data.label_noise=0.1",
+        "data.texts_per_class=9",
+    )
+    refused(
+        "there is no training text of class [a-z]+; use more training texts",
+        *classify,
+        "data.max_train_texts=1",
+        "classify.sharing=conditional",
+        "loader.global_batch_size=1",
+    )
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(f"one more line of text, number {i}" for i in range(60)))
     text = ["data=text", f"data.path={path}", "data.tokenizer_name_or_path=char", "model.length=16", *TINY]

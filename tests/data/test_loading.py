@@ -64,8 +64,13 @@ def test_workers_settings_are_given_only_to_workers(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert Loading(pin_memory=False).arguments(0, again=True) == {"num_workers": 0, "pin_memory": False}
     with_workers = Loading(prefetch_factor=3).arguments(2, again=True)
-    assert with_workers == {"num_workers": 2, "pin_memory": True, "prefetch_factor": 3, "persistent_workers": True,
-                            "worker_init_fn": begin_worker}  # fmt: skip
+    assert with_workers == {
+        "num_workers": 2,
+        "pin_memory": True,
+        "prefetch_factor": 3,
+        "persistent_workers": True,
+        "worker_init_fn": begin_worker,
+    }
     assert not Loading().arguments(2, again=False)["persistent_workers"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert not Loading().arguments(0, again=True)["pin_memory"]

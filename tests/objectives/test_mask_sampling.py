@@ -22,7 +22,7 @@ WORDS = "abcdefgh"
 
 @pytest.mark.parametrize("schedule", [LogLinear(), Cosine(eps=0.0), CosineSquared(eps=0.01)])
 def test_the_mean_over_draws_is_the_integral(schedule, monkeypatch):
-    """Of functions of the noise 1 - alpha, the steepest of which has an infinite second moment."""
+    """Integrate three powers of the noise 1 - alpha. The square of the steepest one has an infinite integral."""
     u_B = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
     monkeypatch.setattr(KeyedNoise, "time", lambda _: u_B)
     x_BL = torch.zeros(len(u_B), 1, dtype=torch.long)
