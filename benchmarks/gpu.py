@@ -88,8 +88,14 @@ def checks(device: str, size: Size, vocab_size: int) -> Iterator[tuple[str, floa
             for what, ours, theirs in zip(("loss", "gradient"), found, exact, strict=True):
                 deviation = float((ours - theirs).norm() / theirs.norm())
                 yield f"{name}, {precision} bits, {what}, relative", deviation, limit
-    texts = [_texts(network(small, vocab_size, d), d, vocab_size) for d in ("cpu", device)]
-    yield "tokens of a sample that differ", float((texts[0] != texts[1]).float().mean()), 0.02
+    networks = {
+        "tokens of a sample that differ": network(small, vocab_size, device),
+        "the same, compiled": network(small, vocab_size, device),
+    }
+    compile_encoder(networks["the same, compiled"])
+    exact_BL = _texts(network(small, vocab_size, "cpu"), "cpu", vocab_size)
+    for name, net in networks.items():
+        yield name, float((_texts(net, device, vocab_size) != exact_BL).float().mean()), 0.02
 
 
 def _loss_and_gradient(objective: Objective, net: DiT, batch: dict, precision: str = "32") -> tuple[Tensor, Tensor]:
@@ -102,6 +108,7 @@ def _loss_and_gradient(objective: Objective, net: DiT, batch: dict, precision: s
     return loss.detach().double().cpu()[None], gradient.double().cpu()
 
 
+@torch.inference_mode()
 def _texts(net: DiT, device: str, vocab_size: int) -> Tensor:
     model = Model(Subs(LogLinear(), Absorbing(vocab_size - 1)), net.eval())
     blank_BL = torch.full((4, 64), vocab_size - 1, device=device)
@@ -183,9 +190,11 @@ def likelihood(setup: Setup) -> dict[str, float]:
     return setup.measured(step, setup.batch * setup.length, "tokens/s")
 
 
-def sampling(sampler: Callable, steps: int | None, setup: Setup) -> dict[str, float]:
+def sampling(sampler: Callable, steps: int | None, compiled: bool, setup: Setup) -> dict[str, float]:
     """Tokens/s of writing texts, as in mode=sample_eval: no autocast, and tokens are drawn in float64."""
     net = network(setup.size, setup.vocab_size, setup.device).eval()
+    if compiled:
+        compile_encoder(net)
     model = Model(Subs(LogLinear(), Absorbing(setup.vocab_size - 1)), net)
     blank_BL = torch.full((setup.batch, setup.length), setup.vocab_size - 1, device=setup.device)
     rows_B = torch.arange(setup.batch, device=setup.device)
@@ -229,9 +238,12 @@ MEASUREMENTS: dict[str, Callable[[Setup], dict[str, float]]] = {
     "train, blocks of 4": partial(training_step, partial(_blocks, 4), False),
     "train, blocks of 16": partial(training_step, partial(_blocks, 16), False),
     "likelihood, one draw": likelihood,
-    "sample, ddpm_cache, 128 steps": partial(sampling, partial(ancestral.sample, skip_idle=True), 128),
-    "sample, ddpm_cache, 1000 steps": partial(sampling, partial(ancestral.sample, skip_idle=True), 1000),
-    "sample, first_hitting": partial(sampling, first_hitting.sample, None),
+    "sample, ddpm, 128 steps": partial(sampling, partial(ancestral.sample, skip_idle=False), 128, False),
+    "sample, ddpm, 128 steps, compiled": partial(sampling, partial(ancestral.sample, skip_idle=False), 128, True),
+    "sample, ddpm_cache, 128 steps": partial(sampling, partial(ancestral.sample, skip_idle=True), 128, False),
+    "sample, ddpm_cache, 1000 steps": partial(sampling, partial(ancestral.sample, skip_idle=True), 1000, False),
+    "sample, first_hitting": partial(sampling, first_hitting.sample, None, False),
+    "sample, first_hitting, compiled": partial(sampling, first_hitting.sample, None, True),
     "classify, 8 draws": classification,
 }
 

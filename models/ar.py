@@ -5,12 +5,19 @@ Shape suffixes: B batch, L length, V vocabulary, D width, H heads.
 """
 
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated
 
 from torch import Tensor, nn
 
 from palimpsest.common.values import FREE, BelowOne, Size
-from palimpsest.models.attention import SeenKeys, head_width, resolve_backend, rotary_angles, seen_keys
+from palimpsest.models.attention import (
+    AttentionBackend,
+    SeenKeys,
+    head_width,
+    resolve_backend,
+    rotary_angles,
+    seen_keys,
+)
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.class_conditioning import ClassEmbedding, unconditional, with_class
 from palimpsest.models.kv_cache import KVCache, one_token
@@ -46,7 +53,7 @@ class AR(Recomputing, Backbone):
         n_blocks: Size,
         n_heads: Size,
         dropout: BelowOne = 0.1,
-        attn_backend: Annotated[Literal["sdpa", "flash_attn", "flex"], FREE] = "sdpa",
+        attn_backend: Annotated[AttentionBackend, FREE] = "auto",
         num_classes: int = 0,
     ) -> None:
         super().__init__()

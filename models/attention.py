@@ -5,11 +5,13 @@ Shape suffixes: B batch, L length, Q queries, K keys, H heads, D head width.
 
 import importlib
 import importlib.util
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+AttentionBackend = Literal["auto", "sdpa", "flash_attn", "flex"]
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)  # what flash-attn computes in
 
@@ -95,7 +97,7 @@ def attend(
 
     Args:
         key_mask: True where a position may be attended to, (B, K), or (B, Q, K) by query; None for everywhere.
-        backend: sdpa, flash_attn or flex. Flex also means SDPA here; it pays where a mask has empty tiles
+        backend: auto, sdpa, flash_attn or flex. Auto and flex mean SDPA here; flex pays where a mask has empty tiles
             (models/block_attention.py). flash_attn takes no mask, so with one but without `starts` SDPA is used, and
             in float32 too.
         causal: the queries are the last Q of the K positions, and each attends to the keys up to its own.

@@ -6,6 +6,7 @@ Shape suffixes: B batch, L length, Q queries, K keys, H heads, D head width.
 """
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,8 @@ from palimpsest.models.attention import attend, sdpa, takes_flash
 # Queries of one kernel call: few enough that little of the diagonal is wasted, enough to fill the kernel.
 _CHUNK = 128
 _FLASH_BLOCKS = 32
+_LEAST_WIDTH = 16  # of a head in flex on a GPU
+_COMPILES_FLEX = importlib.util.find_spec("triton") is not None
 _FORBIDDEN = -(2.0**14)  # added to a score by extra dimensions of the heads in flash-attn; finite in every precision
 
 
@@ -39,6 +42,13 @@ def visible(query_block: Tensor, key_block: Tensor, query_noised: Tensor, key_no
     return own | before | clean
 
 
+def takes_flex(backend: str, device: torch.device, head_width: int) -> bool:
+    """Return whether flex attends to blocks: with `auto` on a GPU for which it can be compiled."""
+    if backend != "auto":
+        return backend == "flex"
+    return device.type == "cuda" and head_width >= _LEAST_WIDTH and _COMPILES_FLEX
+
+
 def attend_blocks(
     noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor | None]:
@@ -48,7 +58,7 @@ def attend_blocks(
     its own (BD3-LM, arXiv 2503.09573, section 3.1). Without clean queries the second result is None. The clean stream
     may lack the last block, which no noised query sees. `key_mask_BL` is False on padding, for both streams.
     """
-    if backend == "flex" and clean.k.shape[1]:
+    if clean.k.shape[1] and takes_flex(backend, noised.k.device, noised.k.shape[-1]):
         return _flex(noised, clean, size, key_mask_BL)
     attended = torch.cat(
         [

@@ -90,7 +90,7 @@ class BlockStreams:
         if isinstance(blocks, int):
             earlier = (length - 1) // blocks * blocks
         else:
-            blocks = segment_masks(blocks, key_mask_BL, self.blocks[0].attn_backend)
+            blocks = segment_masks(blocks, key_mask_BL, self.blocks[0].attn_backend, 2 * len(self.rotary_emb.inv_freq))
         streams = self.vocab_embed(noised_BL), self.vocab_embed(clean_BL[:, :earlier])
         for layer in self.order[:-1]:
             streams = self.through(layer.two_streams, *streams, c_noised, c_clean, rotary, blocks, key_mask_BL)

@@ -1,11 +1,15 @@
 """torch.compile for a network: the embedding, all blocks and the last norm are one graph."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.transformer import TransformerBlock
 
 _BACKEND = "inductor"
+_CUDA_GRAPHS = "reduce-overhead"  # torch's name of the mode
 
 
 def compile_encoder(backbone: Backbone) -> None:
@@ -15,7 +19,8 @@ def compile_encoder(backbone: Backbone) -> None:
     The compiled network computes the hidden states of all positions, so that every training step has the same shapes
     and nothing is compiled again. This costs little: the last block alone could leave positions out, and times are
     spread over a batch, so that in one of its rows almost every token is masked. The projection onto the vocabulary is
-    still of the needed positions only. Block sampling with a cache of keys and values stays as it is.
+    still of the needed positions only. Without gradients, as in sampling, a GPU replays `encode` as a CUDA graph: its
+    kernels are launched at once. Block sampling with a cache of keys and values stays as it is.
     """
     blocks = [layer for layer in backbone.modules() if isinstance(layer, TransformerBlock)]
     if any(block.attn_backend == "flash_attn" for block in blocks):
@@ -24,5 +29,18 @@ def compile_encoder(backbone: Backbone) -> None:
             "use model.attn_backend=sdpa"
         )
     backbone.encodes_positions = False
-    for name in ("encode", "encode_blocks"):
-        setattr(backbone, name, torch.compile(getattr(backbone, name), backend=_BACKEND))
+    backbone.encode_blocks, encode = torch.compile(backbone.encode_blocks, backend=_BACKEND), backbone.encode
+    replayed = torch.compile(encode, backend=_BACKEND, mode=_CUDA_GRAPHS)
+    backbone.encode = _replaying(torch.compile(encode, backend=_BACKEND), replayed)
+
+
+def _replaying(compiled: Callable[..., Tensor], replayed: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function that runs `replayed` on a GPU without gradients, and `compiled` elsewhere."""
+
+    def encode(x_BL: Tensor, *args: object, **conditioning: object) -> Tensor:
+        if torch.is_grad_enabled() or not x_BL.is_cuda:
+            return compiled(x_BL, *args, **conditioning)
+        # A copy, because the next replay writes to the same memory, and guidance needs the states of two of them.
+        return replayed(x_BL, *args, **conditioning).clone()
+
+    return encode

@@ -5,7 +5,7 @@ Shape suffixes: B batch, L length, N selected positions, V vocabulary, D width, 
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from palimpsest.common.positions import Positions
 from palimpsest.common.values import FREE, BelowOne, Size
-from palimpsest.models.attention import SeenKeys, head_width, resolve_backend, rotary_angles, seen_keys
+from palimpsest.models.attention import (
+    AttentionBackend,
+    SeenKeys,
+    head_width,
+    resolve_backend,
+    rotary_angles,
+    seen_keys,
+)
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.blocks import BlockStreams, TwoStreams
 from palimpsest.models.class_conditioning import ClassEmbedding, unconditional, with_class
@@ -71,7 +78,7 @@ class DiT(BlockStreams, Recomputing, Backbone):
         dropout: BelowOne = 0.1,
         time_conditioning: bool = False,
         mask_padding: bool = True,
-        attn_backend: Annotated[Literal["sdpa", "flash_attn", "flex"], FREE] = "sdpa",
+        attn_backend: Annotated[AttentionBackend, FREE] = "auto",
         num_classes: int = 0,
     ) -> None:
         super().__init__()

@@ -142,7 +142,7 @@ def hf_causal(
     n_blocks: Size | None = None,
     n_heads: Size | None = None,
     dropout: BelowOne | None = None,
-    attn_backend: Annotated[Literal["sdpa"], FREE] = "sdpa",
+    attn_backend: Annotated[Literal["auto", "sdpa"], FREE] = "auto",
 ) -> HFCausal:
     """Build the architecture of a causal language model with random weights; `HFCausal.pretrained` loads the others.
 

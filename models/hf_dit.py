@@ -1,9 +1,10 @@
 """backbone=hf_dit: a DiT whose sizes come from a file of a published model."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated
 
 from palimpsest.common.values import FREE, BelowOne, FilePath, Length, Size
+from palimpsest.models.attention import AttentionBackend
 from palimpsest.models.checkpoints import Checkpoint, read_settings
 from palimpsest.models.dit import DiT
 from palimpsest.models.hub import BLOCK_MODEL_TYPE
@@ -24,7 +25,7 @@ def hf_dit(
     time_conditioning: bool | None = None,
     dropout: BelowOne | None = None,
     mask_padding: bool | None = None,
-    attn_backend: Annotated[Literal["sdpa", "flash_attn", "flex"], FREE] = "sdpa",
+    attn_backend: Annotated[AttentionBackend, FREE] = "auto",
     num_classes: int = 0,
 ) -> DiT:
     """Build a DiT with random weights and the sizes of a Hub-layout directory, a model on the Hub or a `.ckpt` of our
@@ -56,7 +57,7 @@ def hf_dit(
     )
 
 
-def build(settings: Mapping[str, object], attn_backend: str = "sdpa", num_classes: int = 0) -> DiT:
+def build(settings: Mapping[str, object], attn_backend: str = "auto", num_classes: int = 0) -> DiT:
     """Build the network that `Checkpoint.settings` describes, with random weights."""
     known = {name.removeprefix("model."): settings[name] for name in ("vocab_size", *_SIZES, "model.dropout")}
     mask_padding = settings.get("model.mask_padding", True)

@@ -211,7 +211,7 @@ def hf_mlm(
     n_heads: Size | None = None,
     dropout: BelowOne | None = None,
     mask_padding: Annotated[bool, ADDED_LATER] | None = None,
-    attn_backend: Annotated[Literal["sdpa"], FREE] = "sdpa",
+    attn_backend: Annotated[Literal["auto", "sdpa"], FREE] = "auto",
     num_classes: int = 0,
 ) -> HFMaskedLM:
     """Build the architecture of a masked language model with random weights; `HFMaskedLM.pretrained` loads the others.

@@ -8,7 +8,7 @@ token.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from palimpsest.common.positions import Positions
 from palimpsest.common.values import FREE, BelowOne, Size
-from palimpsest.models.attention import head_width, resolve_backend, rotary_angles
+from palimpsest.models.attention import AttentionBackend, head_width, resolve_backend, rotary_angles
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.class_conditioning import ClassEmbedding, unconditional, with_class
 from palimpsest.models.dit import DiT, OutputLayer
@@ -64,7 +64,7 @@ class MMDiT(Recomputing, Backbone):
         time_conditioning: bool = True,
         mask_padding: bool = True,
         text_as_dit: bool = False,
-        attn_backend: Annotated[Literal["sdpa", "flash_attn", "flex"], FREE] = "sdpa",
+        attn_backend: Annotated[AttentionBackend, FREE] = "auto",
         num_classes: int = 0,
     ) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.models.attention import sdpa
-from palimpsest.models.block_attention import QKV, flex_attend, visible
+from palimpsest.models.block_attention import QKV, flex_attend, takes_flex, visible
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class SegmentMasks:
         return attended, None if clean.q is None else _attend(clean.q, clean.k, clean.v, self.clean)
 
 
-def segment_masks(segment_BL: Tensor, key_mask_BL: Tensor | None, backend: str) -> SegmentMasks:
+def segment_masks(segment_BL: Tensor, key_mask_BL: Tensor | None, backend: str, head_width: int) -> SegmentMasks:
     """Build the masks of a batch.
 
     Args:
         segment_BL: the segment of each token, in order from 0.
         key_mask_BL: False on padding.
     """
-    build = _flex_mask if backend == "flex" else _dense_mask
+    build = _flex_mask if takes_flex(backend, segment_BL.device, head_width) else _dense_mask
     rows, length = segment_BL.shape
 
     def seen(b: Tensor, query: Tensor, key: Tensor, noised: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from palimpsest.common.positions import Positions
 from palimpsest.models import attention, block_attention
-from palimpsest.models.block_attention import QKV, attend_blocks, visible
+from palimpsest.models.block_attention import QKV, attend_blocks, takes_flex, visible
 from palimpsest.models.checkpoints import read_checkpoint
 from palimpsest.models.dit import DiT
 
@@ -139,6 +139,34 @@ def test_a_mask_of_flex_that_a_validation_makes_serves_a_training():
     with torch.inference_mode():
         mask = block_attention._flex_mask(16, 8, 8, 4, torch.device("cpu"))
     assert not mask.kv_num_blocks.is_inference() and not mask.kv_indices.is_inference()
+
+
+def test_flex_is_the_default_on_a_gpu_that_compiles_it(monkeypatch):
+    monkeypatch.setattr(block_attention, "_COMPILES_FLEX", True)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert takes_flex("auto", gpu, 32) and not takes_flex("auto", cpu, 32) and not takes_flex("auto", gpu, 8)
+    assert takes_flex("flex", cpu, 8) and not takes_flex("sdpa", gpu, 32)
+    monkeypatch.setattr(block_attention, "_COMPILES_FLEX", False)
+    assert not takes_flex("auto", gpu, 32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("segments", [False, True])
+def test_on_a_gpu_flex_trains_like_torchs_own_attention(segments):
+    found = []
+    for backend in ("auto", "sdpa"):
+        torch.manual_seed(0)
+        net = DiT(VOCAB, 64, 4, 2, 2, dropout=0.0, attn_backend=backend)
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        net = net.cuda()
+        x0 = torch.randint(VOCAB - 1, (3, 40))
+        blocks = (torch.arange(40) // 5).expand(3, -1).cuda() if segments else 5
+        hidden = net.encode_blocks(masked(x0).cuda(), x0.cuda(), blocks, torch.rand(3, 8).cuda())
+        hidden.square().sum().backward()
+        found.append([hidden.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
 def test_flex_does_not_train_on_a_cpu():

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from palimpsest.common.randomness import training_noise
+from palimpsest.common.randomness import KeyedNoise, training_noise
+from palimpsest.denoisers import ClassGuided
 from palimpsest.models import compiling
 from palimpsest.models.compiling import compile_encoder
 from palimpsest.models.dit import DiT
 from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.base import Model
 from palimpsest.objectives.duo import Duo
 from palimpsest.objectives.mask_sampling import Bernoulli
 from palimpsest.objectives.subs import Subs
 from palimpsest.objectives.udlm import UDLM
 from palimpsest.process import Absorbing, Uniform
+from palimpsest.samplers import first_hitting
 from tests.helpers.blocks import block
 from tests.helpers.commands import TINY, run
 
@@ -69,6 +73,35 @@ def test_a_compiled_training_is_measured_and_sampled(tmp_path, monkeypatch, grap
     results = run(*TINY, "trainer.compile=true")
     assert results["nll_nats_per_token"].value > 0 and graphs["stats"]["unique_graphs"] >= 1
     assert run(*TINY, "mode=sample_eval", "trainer.compile=true")  # finds the same folder
+
+
+def test_a_cuda_graph_is_replayed_on_a_gpu_without_gradients_only():
+    encode = compiling._replaying(lambda x: "compiled", lambda x: states)
+    cpu, gpu, states = torch.zeros(2), SimpleNamespace(is_cuda=True), torch.ones(2)
+    assert encode(gpu) == "compiled"
+    with torch.no_grad():
+        assert encode(cpu) == "compiled"
+        found = encode(gpu)
+    states.zero_()  # the next replay
+    assert found.tolist() == [1, 1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_replayed_graphs_write_the_same_texts(random_dit, monkeypatch, guidance):
+    monkeypatch.setattr(compiling, "_BACKEND", "inductor")
+    plain = random_dit(VOCAB, num_classes=2).float().cuda().eval()
+    compiled = copy.deepcopy(plain)
+    compile_encoder(compiled)
+    rows_B, blank_BL = torch.arange(4, device="cuda"), torch.full((4, 12), MASK, device="cuda")
+
+    def texts(network):
+        model = Model(Subs(LogLinear(), Absorbing(MASK)), network)
+        guided = ClassGuided(model, class_id=1, weight=guidance)
+        with torch.inference_mode():
+            return first_hitting.sample(guided, blank_BL, KeyedNoise(0, rows_B)).ids_BL
+
+    assert (texts(compiled) == texts(plain)).float().mean() > 0.9  # sums are in another order
 
 
 def test_other_networks_refuse_it(tmp_path, monkeypatch):

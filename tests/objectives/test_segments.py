@@ -105,7 +105,7 @@ def test_the_mask_is_the_predicate_token_by_token():
     key_mask = torch.ones(4, 9, dtype=torch.bool)
     key_mask[1, 7:] = False
     segment = (torch.arange(9) >= ENDS[..., None]).sum(1)
-    masks = segment_masks(segment, key_mask, "sdpa")
+    masks = segment_masks(segment, key_mask, "sdpa", 8)
     for row, query, key in itertools.product(range(4), range(9), range(9)):
         a, b, there = int(segment[row, query]), int(segment[row, key]), bool(key_mask[row, key])
         assert bool(masks.noised[row, 0, query, key]) == (b < a and there), "clean, before"
