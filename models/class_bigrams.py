@@ -5,8 +5,8 @@ after a masked position is visible, the logit of each token gets the bias of the
 comes after it, so p(text | class) stays normalised. If a text is unmasked one token at a time, one of two
 adjacent tokens is always unmasked first, so every pair counts exactly once.
 
-Shape suffixes: B batch, L length, N selected positions, C positions of a chunk of logits, U different neighbours
-of these, E entries of the table for them, V vocabulary, P pairs.
+Shape suffixes: B batch, L length, N selected positions, C positions of a chunk of logits, E pairs of these with a
+token, V vocabulary, P pairs.
 """
 
 import torch
@@ -47,22 +47,20 @@ class ClassBigrams(nn.Module):
 
     def add(self, logits_CV: Tensor, before_C: Tensor, after_C: Tensor, class_C: Tensor) -> None:
         """Add the biases of the pairs of each position and its neighbours, in place; none where there is no class."""
+        flat = logits_CV.as_strided((logits_CV.numel(),), (1,))  # a CPU has the logits in the layout (V, C)
+        by_row, by_token = logits_CV.stride()
         for sorted_P, order_P, other_P, known_C in (
             (self.first_P, None, self.second_P, before_C),
             (self.second_P[self.by_second_P], self.by_second_P, self.first_P, after_C),
         ):
-            # neighbours repeat, so the biases of each are looked up once
-            key_C = torch.where((class_C >= 0) & (known_C >= 0), known_C * len(self.bias_CP) + class_C, _NONE)
-            key_U, place_C = key_C.unique(return_inverse=True)
-            known_U, class_U = key_U.div(len(self.bias_CP), rounding_mode="floor"), key_U % len(self.bias_CP)
-            start_U = torch.searchsorted(sorted_P, known_U)
-            number_U = torch.searchsorted(sorted_P, known_U, right=True) - start_U
-            row_E = torch.repeat_interleave(number_U)
-            place_E = torch.arange(len(row_E), device=row_E.device) + (start_U - number_U.cumsum(0) + number_U)[row_E]
+            known_C = known_C.where(class_C >= 0, _NONE)
+            start_C = torch.searchsorted(sorted_P, known_C)
+            number_C = torch.searchsorted(sorted_P, known_C, right=True) - start_C
+            row_E = torch.repeat_interleave(number_C)
+            place_E = torch.arange(len(row_E), device=row_E.device) + (start_C - number_C.cumsum(0) + number_C)[row_E]
             pair_E = place_E if order_P is None else order_P[place_E]
-            bias_VU = logits_CV.new_zeros(logits_CV.shape[1], len(key_U))
-            bias_VU[other_P[pair_E], row_E] = self.bias_CP[class_U[row_E], pair_E].to(logits_CV.dtype)
-            logits_CV.T.add_(bias_VU.index_select(1, place_C))  # a CPU has the logits in this layout
+            bias_E = self.bias_CP.flatten()[class_C[row_E] * len(sorted_P) + pair_E]
+            flat.index_add_(0, row_E * by_row + other_P[pair_E] * by_token, bias_E.to(logits_CV.dtype))
 
     def of_text(self, tokens_BL: Tensor, class_id_B: Tensor) -> Tensor:
         """Return the bias of each token and the one before it in the row's class, (B, L); 0 for other pairs."""
