@@ -48,14 +48,16 @@ def fit(experiment: Experiment, label: int | None = None) -> PathOrUrl:
 def _fit(experiment: Experiment, label: int | None) -> PathOrUrl:
     resume = experiment.runs.resume_path(label)
     data = experiment.build.data(label)
-    if experiment.build.choices.bigrams and not resume:  # refused before a long shared start, not after it
+    # What is wrong with the classes or pairs is refused before a long shared start, not after it.
+    share_C = _shares_of_classes(data) if experiment.build.cfg.classify.discriminative_weight else None
+    if experiment.build.choices.bigrams and not resume:
         _pair_counts(data, causal=False).most_frequent(experiment.build.choices.bigrams)
     shared = fit(experiment.pretraining) if experiment.pretraining and not resume else None
     title = "train" if data.label is None else f"train label={data.label}"
     trainer = experiment.trainer(title if data.train_splits is None else "train the shared start", label)
     diffusion = experiment.build.diffusion(data)
-    if diffusion.discriminative_weight:
-        diffusion.compare_classes(_shares_of_classes(data))
+    if share_C is not None:
+        diffusion.compare_classes(share_C)
     if resume:
         experiment.runs.check_resumable(resume, data)
         print(f"resuming from {resume}")
@@ -100,6 +102,11 @@ def initialise(experiment: Experiment, diffusion: Diffusion, data: TextData, sha
     """
     if start := experiment.weights.load_initial(diffusion, data, shared):
         print(f"starting from the weights of {start}")
+    elif diffusion.compares_classes:
+        print(
+            "classes are compared from the first step, which can keep the network from learning its texts; "
+            "classify.pretrain=all trains a start without classes"
+        )
     if shared and diffusion.backbone.num_classes:
         diffusion.forget_classes()
     if experiment.build.choices.start_from_counts:

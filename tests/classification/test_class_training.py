@@ -113,10 +113,11 @@ def logged(folder: str) -> dict[str, list[float]]:
     return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
 
 
-def test_a_training_that_compares_classes_logs_them_and_ends_with_its_last_weights(monkeypatch):
+def test_a_training_that_compares_classes_logs_them_and_ends_with_its_last_weights(capsys):
     alone, fitted = experiment(*EVERY_STEP), experiment(*HYBRID, "checkpointing.save_dir=hybrid")
     plain = read_checkpoint(alone.fit())
     path = fitted.fit()
+    assert "compared from the first step" in capsys.readouterr().out
     assert path.name == "last.ckpt" and fitted.runs.patience() is None and alone.runs.patience() == 5
     found = logged("hybrid")
     assert len(found["train/class_cross_entropy"]) == 4 and len(found["val/class_accuracy"]) == 2
@@ -144,12 +145,14 @@ def test_a_resumed_training_compares_classes_as_an_uninterrupted_one():
     assert same_weights(whole, experiment(*begun).fit())
 
 
-def test_classes_that_cannot_be_compared_are_refused_where_they_are_and_only_there():
+def test_classes_that_cannot_be_compared_are_refused_before_a_shared_start_and_only_where_they_are(monkeypatch):
+    steps = count_steps(monkeypatch)
     one_class = ["data.label_noise=0", "data.source.num_train_per_class=1", "data.max_train_texts=1"]
     with pytest.raises(
         ValueError, match="classify.discriminative_weight compares classes, and there is no training text of [a-z]+;"
     ):
-        experiment(*HYBRID, *one_class, "loader.global_batch_size=1").fit()
+        experiment(*HYBRID, *one_class, "loader.global_batch_size=1", "classify.pretrain=all").fit()
+    assert not steps
     experiment(*CONDITIONAL, *one_class, "loader.global_batch_size=1", "checkpointing.save_dir=one").fit()
 
 
