@@ -276,8 +276,9 @@ class Diffusion(lightning.LightningModule):
 
     @torch.no_grad()
     def forget_classes(self) -> None:
-        """Set the class embedding to that of no class, after a training without classes, which leaves it random."""
-        self.backbone.class_embed.embedding.zero_()
+        """Make the classes alike, after a training without classes, which leaves a class embedding random."""
+        for parameter, columns in self.backbone.class_parameters:
+            parameter[:, columns] = 0
         if self.ema:
             self.ema.restart(self.backbone.parameters())
 

@@ -70,6 +70,11 @@ class AR(Recomputing, Backbone):
             self.class_embed = ClassEmbedding(num_classes, hidden_size)
 
     @property
+    def class_parameters(self) -> list[tuple[nn.Parameter, slice]]:
+        """Return the class embedding."""
+        return [(self.class_embed.embedding, slice(None))]
+
+    @property
     def head(self) -> nn.Linear:
         """Return the vocabulary projection: hidden (..., D) -> logits (..., V)."""
         return self.output_layer.linear

@@ -16,6 +16,7 @@ class Backbone(nn.Module):
         encodes_positions: `encode` takes `at` (common/positions.py) and returns the hidden states there only.
         takes_classes: the constructor takes `num_classes`, and `encode` then takes `class_id`.
         num_classes: number of classes that it was built for; 0 for none.
+        class_parameters: with classes, the matrices by which the trunk is told the class, and their columns for it.
         bigrams: output biases of token pairs in each class (models/class_bigrams.py), if it has any.
         reads_blocks: it has the methods of models/blocks.py, which block diffusion needs.
         reads_mixtures: `encode` also takes mixtures of tokens, weights (B, L, V).
@@ -35,6 +36,7 @@ class Backbone(nn.Module):
     num_classes = 0
     bigrams: nn.Module | None
     mask_padding = True
+    class_parameters: Iterable[tuple[nn.Parameter, slice]]
     blocks: Iterable[nn.Module]
     parts: Mapping[str, Iterable[nn.Module]] = {}
     settings: Mapping[str, object] = {}

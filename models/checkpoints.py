@@ -23,7 +23,7 @@ from palimpsest.common import files
 from palimpsest.common.files import PathOrUrl
 from palimpsest.common.messages import excerpt
 from palimpsest.models import hub, torch_archive
-from palimpsest.models.class_conditioning import check_names
+from palimpsest.models.class_conditioning import check_names, num_classes_of
 from palimpsest.models.ema import EMA
 from palimpsest.models.inert_pickle import Inert
 from palimpsest.models.reference_settings import settings_of_reference
@@ -62,7 +62,8 @@ class Checkpoint:
         problems += [f"{name}: not in the model" for name in theirs.keys() - ours.keys()]
         if problems:
             shown = "\n  ".join(sorted(problems)[:6])
-            of_classes = any(problem.startswith(("class_embed.", "class_shift.", "bigrams.")) for problem in problems)
+            of_classes = num_classes_of(self.state) != num_classes_of(backbone.state_dict())
+            of_classes |= any(problem.startswith("bigrams.") for problem in problems)
             settings = "classify.sharing= and classify.bigrams=" if of_classes else "model=, model.* and backbone="
             raise ValueError(
                 f"{self.path} does not fit the model ({len(problems)} differences):\n  {shown}\n"

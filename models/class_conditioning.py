@@ -1,4 +1,6 @@
-"""Class-conditional networks: an embedding of the class for the trunk, an output bias for each class in the head.
+"""Class-conditional networks: the class is an input of the trunk, and has output biases in the head.
+
+A network with adaLN reads it in columns of its own of every adaLN, others in an embedding that is added to the tokens'.
 
 Shape suffixes: B batch, L length, V vocabulary, D width, C classes, E embedding width.
 """
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 UNCONDITIONAL = -1
+# Of a DiT: what adaLN reads is as wide as the first, and then has a column for each class.
+_SIGMA_BIAS, _ADALN_WEIGHT = "sigma_map.mlp.2.bias", "output_layer.adaLN_modulation.weight"
 
 
 class ClassEmbedding(nn.Module):
@@ -25,17 +29,21 @@ class ClassEmbedding(nn.Module):
 
 def check_names(theirs: Collection[str], ours: Collection[str], file: str) -> None:
     """Refuse weights of a network that read the class in another way. Raises ValueError."""
-    if "class_shift.embedding" in ours and "class_embed.embedding" in theirs:
+    embedded = {"class_embed.embedding", "class_shift.embedding"} & {*theirs}
+    if embedded and _SIGMA_BIAS in ours:
         raise ValueError(
-            f"{file} was trained when the class embedding was added within silu (until 2026-11-30); its network would "
-            "compute something else now: train it again, in another folder"
+            f"{file} was trained when a DiT read the class as an embedding, added to that of the noise level (until "
+            "2026-11-30); its network would compute something else now: train it again, in another folder"
         )
 
 
 def num_classes_of(state: Mapping[str, Tensor]) -> int:
     """Return the number of classes of the network that these weights are of, 0 without classes."""
-    names = ("class_embed.embedding", "class_shift.embedding")
-    return next((len(state[name]) for name in names if name in state), 0)
+    if "class_embed.embedding" in state:
+        return len(state["class_embed.embedding"])
+    if _SIGMA_BIAS in state and _ADALN_WEIGHT in state:
+        return state[_ADALN_WEIGHT].shape[1] - len(state[_SIGMA_BIAS])
+    return 0
 
 
 class ClassHead(nn.Module):
@@ -87,13 +95,17 @@ def under_class(batch: Mapping[str, Tensor], class_id_B: Tensor, backbone: nn.Mo
     return {**batch, "class_id": class_id_B, "class_bias": bias_BL, **pairs}
 
 
-def with_class(hidden_BLD: Tensor, class_id_B: Tensor, num_classes: int) -> Tensor:
-    """Append the class as one-hot columns to hidden states, (B, L, D + C); without classes, return them unchanged. The
-    head's last C columns are then the output biases of the classes."""
+def with_class(x: Tensor, class_id_B: Tensor, num_classes: int) -> Tensor:
+    """Append the class as one-hot columns to x, (B, D) or (B, L, D); without classes, return it unchanged.
+
+    The last C columns of a matrix that reads it are then a bias for each class. UNCONDITIONAL has none.
+    """
     if not num_classes:
-        return hidden_BLD
-    one_hot_BC = (class_id_B[:, None] == torch.arange(num_classes, device=class_id_B.device)).to(hidden_BLD.dtype)
-    return torch.cat([hidden_BLD, one_hot_BC[:, None].expand(-1, hidden_BLD.shape[1], -1)], dim=-1)
+        return x
+    one_hot = (class_id_B[:, None] == torch.arange(num_classes, device=class_id_B.device)).to(x.dtype)
+    if x.ndim > one_hot.ndim:
+        one_hot = one_hot[:, None].expand(-1, x.shape[1], -1)
+    return torch.cat([x, one_hot], dim=-1)
 
 
 def unconditional(tokens_BL: Tensor) -> Tensor:

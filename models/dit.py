@@ -23,7 +23,7 @@ from palimpsest.models.attention import (
 )
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.blocks import BlockStreams, TwoStreams
-from palimpsest.models.class_conditioning import ClassEmbedding, unconditional, with_class
+from palimpsest.models.class_conditioning import unconditional, with_class
 from palimpsest.models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding, modulate, zero_linear
 from palimpsest.models.recompute import Recomputing
 from palimpsest.models.transformer import Head, Modulation, Rotary, TransformerBlock, take_positions
@@ -89,15 +89,15 @@ class DiT(BlockStreams, Recomputing, Backbone):
         self.vocab_embed = TokenEmbedding(vocab_size, hidden_size)
         self.sigma_map = SigmaEmbedding(cond_dim)
         self.rotary_emb = RotaryFrequencies(head_dim)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, cond_dim, n_heads, dropout, backend) for _ in range(n_blocks))
-        self.output_layer = OutputLayer(hidden_size, vocab_size, cond_dim, num_classes)
-        if num_classes:
-            self.class_shift = ClassEmbedding(num_classes, cond_dim, scale=0.02)
+        width = cond_dim + num_classes
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, width, n_heads, dropout, backend) for _ in range(n_blocks))
+        self.output_layer = OutputLayer(hidden_size, vocab_size, width, num_classes)
 
     @property
-    def class_embed(self) -> ClassEmbedding:
-        """Return the embedding of the classes."""
-        return self.class_shift
+    def class_parameters(self) -> list[tuple[nn.Parameter, slice]]:
+        """Return the matrices of adaLN, and their columns for the classes."""
+        layers = (*self.blocks, self.output_layer)
+        return [(layer.adaLN_modulation.weight, slice(self.cond_dim, None)) for layer in layers]
 
     @property
     def settings(self) -> dict[str, object]:
@@ -116,8 +116,7 @@ class DiT(BlockStreams, Recomputing, Backbone):
     @property
     def parts(self) -> dict[str, list[nn.Module]]:
         """Return the modules that training.freeze can name."""
-        conditioning = [self.sigma_map, *([self.class_embed] if self.num_classes else [])]
-        return {"embeddings": [self.vocab_embed], "conditioning": conditioning, "blocks": [self.blocks],
+        return {"embeddings": [self.vocab_embed], "conditioning": [self.sigma_map], "blocks": [self.blocks],
                 "head": [self.output_layer]}  # fmt: skip
 
     @property
@@ -153,9 +152,9 @@ class DiT(BlockStreams, Recomputing, Backbone):
         return hidden_BQD if at is None else at.from_table(hidden_BQD)
 
     def conditioning(self, sigma_B: Tensor, class_id: Tensor | None = None) -> Tensor:
-        """Return the input of adaLN, silu of the embedded sigma, and the class embedding added to it, (B, C).
+        """Return the input of adaLN: silu of the embedded sigma, and the class in columns of its own, (B, C).
 
-        Within silu no class would get through where the embedded sigma is far below 0, as a learned constant may be.
+        As an embedding that is added to sigma's it was hardly learned (docs/log.md, 2026-11-30).
         """
         embedded_BC = F.silu(self.sigma_map(sigma_B if self.time_conditioning else torch.zeros_like(sigma_B)))
-        return embedded_BC if class_id is None else embedded_BC + self.class_shift(class_id)
+        return with_class(embedded_BC, class_id, self.num_classes)

@@ -87,6 +87,11 @@ class HFMaskedLM(published.PublishedBackbone):
         self.train()
 
     @property
+    def class_parameters(self) -> list[tuple[nn.Parameter, slice]]:
+        """Return the class embedding."""
+        return [(self.class_embed.embedding, slice(None))]
+
+    @property
     def knows_its_mask(self) -> bool:
         """Return whether its weights were trained with a mask, which the data must then use."""
         return self.name is not None

@@ -18,7 +18,7 @@ from palimpsest.common.positions import Positions
 from palimpsest.common.values import FREE, BelowOne, Size
 from palimpsest.models.attention import AttentionBackend, head_width, resolve_backend, rotary_angles
 from palimpsest.models.backbone import Backbone
-from palimpsest.models.class_conditioning import ClassEmbedding, unconditional, with_class
+from palimpsest.models.class_conditioning import unconditional, with_class
 from palimpsest.models.dit import DiT, OutputLayer
 from palimpsest.models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding
 from palimpsest.models.mmdit_layers import JointBlock, LatentInput, LatentOutput, Times
@@ -85,21 +85,20 @@ class MMDiT(Recomputing, Backbone):
         self.sigma_map = SigmaEmbedding(cond_dim)
         self.rotary_emb = RotaryFrequencies(head_dim)
         self.blocks = nn.ModuleList(
-            JointBlock(hidden_size, self.latent_size, cond_dim, n_heads, dropout, backend, gated=text_as_dit)
+            JointBlock(hidden_size, self.latent_size, cond_dim, n_heads, dropout, backend, text_as_dit, num_classes)
             for _ in range(n_blocks)
         )
-        self.output_layer = OutputLayer(hidden_size, vocab_size, cond_dim, num_classes)
-        if num_classes:
-            self.class_shift = ClassEmbedding(num_classes, cond_dim, scale=0.02)
+        self.output_layer = OutputLayer(hidden_size, vocab_size, cond_dim + num_classes, num_classes)
         tokens, numbers = self.latent_shape
         self.times = Times(cond_dim)
         self.latent_input = LatentInput(numbers, self.latent_size, tokens)
         self.latent_output = LatentOutput(self.latent_size, numbers, cond_dim, dropout)
 
     @property
-    def class_embed(self) -> ClassEmbedding:
-        """Return the embedding of the classes."""
-        return self.class_shift
+    def class_parameters(self) -> list[tuple[nn.Parameter, slice]]:
+        """Return the matrices of adaLN in the text stream, and their columns for the classes."""
+        gates = [block.adaLN_gate for block in self.blocks if self.text_as_dit]
+        return [*self.text_stream.class_parameters, *((gate.weight, slice(self.cond_dim, None)) for gate in gates)]
 
     @property
     def settings(self) -> dict[str, object]:
@@ -225,5 +224,4 @@ class MMDiT(Recomputing, Backbone):
         sigma_B = sigma_B if self.time_conditioning else torch.zeros_like(sigma_B)
         mixed_BC = self.times(-torch.expm1(-sigma_B.float()), latent_t_B)
         embedded_BC = F.silu(self.sigma_map(sigma_B) + self.times.to_text(mixed_BC))
-        embedded_BC = embedded_BC if class_id is None else embedded_BC + self.class_shift(class_id)
-        return embedded_BC, F.silu(mixed_BC)
+        return with_class(embedded_BC, class_id, self.num_classes), F.silu(mixed_BC)

@@ -68,14 +68,22 @@ class JointBlock(TransformerBlock):
     """
 
     def __init__(
-        self, dim: int, latent_dim: int, cond_dim: int, n_heads: int, dropout: float, attn_backend: str, gated: bool
+        self,
+        dim: int,
+        latent_dim: int,
+        cond_dim: int,
+        n_heads: int,
+        dropout: float,
+        attn_backend: str,
+        gated: bool,
+        num_classes: int,
     ) -> None:
         super().__init__(dim, n_heads, dropout, attn_backend)
         self.gated = gated
-        self.adaLN_modulation = zero_linear(cond_dim, 6 * dim)
+        self.adaLN_modulation = zero_linear(cond_dim + num_classes, 6 * dim)
         self.latent = LatentLayers(latent_dim, dim, cond_dim, n_heads, dropout)
         if gated:
-            self.adaLN_gate = zero_linear(cond_dim, n_heads)
+            self.adaLN_gate = zero_linear(cond_dim + num_classes, n_heads)
         else:
             self.q_norm, self.k_norm = HeadNorm(n_heads, dim // n_heads), HeadNorm(n_heads, dim // n_heads)
 

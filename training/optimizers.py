@@ -27,7 +27,7 @@ def adamw(
 ) -> torch.optim.AdamW:
     """Return AdamW (arXiv 1711.05101) over all parameters, with torch's fused kernel.
 
-    class_lr: learning rate of the class embedding and the output biases of a conditional network's classes.
+    class_lr: learning rate of the parameters that tell a conditional network the class, and of its output biases.
     """
     learned = [p for p in backbone.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)
@@ -41,7 +41,7 @@ def with_class_lr(
 ) -> torch.optim.Optimizer:
     """Multiply the optimizer's updates of the classes' own parameters by class_lr / lr, and return the optimizer.
 
-    The output biases of the classes are columns of the head's matrix, which cannot have a group of their own.
+    They are columns of matrices, which cannot have a group of their own.
 
     Raises:
         ValueError: there is nothing to multiply.
@@ -51,12 +51,11 @@ def with_class_lr(
     if not backbone.num_classes or not lr:
         why = "optim.lr=0" if not lr else "the network is not told classes (classify.sharing=conditional)"
         raise ValueError(f"optim.class_lr={class_lr}: {why}; leave it out")
-    parts = {backbone.class_embed.embedding: slice(None)}
-    parts |= [class_columns(backbone.head, backbone.num_classes)]
+    parts = [*backbone.class_parameters, class_columns(backbone.head, backbone.num_classes)]
     before: list[Tensor] = []
 
     def views() -> list[Tensor]:
-        return [(p.to_local() if isinstance(p, DTensor) else p).detach()[:, part] for p, part in parts.items()]
+        return [(p.to_local() if isinstance(p, DTensor) else p).detach()[:, part] for p, part in parts]
 
     def remember(*_: object) -> None:
         before[:] = [view.clone() for view in views()]

@@ -53,9 +53,15 @@ def test_each_class_gives_another_law_and_silence_is_no_class(net):
     torch.testing.assert_close(mixed, torch.stack([logits[3][0], logits[0][1]]))
 
 
-def test_without_a_class_embedding_only_the_bias_of_the_class_is_left():
+@torch.no_grad()
+def silence(net: torch.nn.Module) -> None:
+    for parameter, columns in net.class_parameters:
+        parameter[:, columns] = 0
+
+
+def test_where_the_trunk_is_told_nothing_only_the_bias_of_the_class_is_left():
     net = dit()
-    torch.nn.init.zeros_(net.class_embed.embedding)
+    silence(net)
     conditional, unconditional = (
         net.head(net.encode(TOKENS, ZERO, class_id=torch.full((2,), k))) for k in (1, UNCONDITIONAL)
     )
@@ -70,12 +76,19 @@ def test_the_class_gets_through_whatever_the_network_has_made_of_the_time_that_i
     assert (logits[0] - logits[1]).abs().max() > 0.1
 
 
-def test_weights_of_the_network_that_read_classes_within_silu_are_refused(tmp_path):
+@pytest.mark.parametrize("name", ["class_embed.embedding", "class_shift.embedding"])
+def test_weights_of_a_dit_that_read_the_class_as_an_embedding_are_refused(name):
     net = dit()
-    state = {name.replace("class_shift", "class_embed"): tensor for name, tensor in net.state_dict().items()}
-    assert num_classes_of(state) == num_classes_of(net.state_dict()) == CLASSES
-    with pytest.raises(ValueError, match="x.ckpt was trained when the class embedding was added within silu"):
+    state = dit(0).state_dict() | {name: torch.zeros(CLASSES, 8)}
+    with pytest.raises(ValueError, match="x.ckpt was trained when a DiT read the class as an embedding"):
         Checkpoint("x.ckpt", state).load_into(net)
+
+
+def test_the_number_of_classes_is_told_by_the_weights():
+    assert [num_classes_of(net.state_dict()) for net in (dit(), ar(), hf_mlm())] == [CLASSES] * 3
+    assert not num_classes_of(hf_mlm(0).state_dict())
+    with pytest.raises(ValueError, match="Set classify.sharing= and classify.bigrams= as they were in training"):
+        Checkpoint("x.ckpt", dit().state_dict()).load_into(dit(0))
 
 
 def test_chosen_positions_are_those_of_the_whole_row():
@@ -143,7 +156,7 @@ def test_a_network_of_the_library_is_told_classes_beside_its_tied_head():
     for a in range(CLASSES):
         for b in range(a):
             assert not torch.allclose(logits[a], logits[b], atol=1e-3)
-    torch.nn.init.zeros_(net.class_embed.embedding)
+    silence(net)
     conditional = net.head(net.encode(TOKENS, class_id=torch.full((2,), 1)))
     torch.testing.assert_close(conditional - unconditional, net.head.class_bias[:, 1].expand_as(conditional))
 
