@@ -276,7 +276,7 @@ class Diffusion(lightning.LightningModule):
 
     @torch.no_grad()
     def forget_classes(self) -> None:
-        """Make the classes alike, after a training without classes, which leaves a class embedding random."""
+        """Tell the trunk nothing of the class, after a training without classes, which leaves an embedding random."""
         for parameter, columns in self.backbone.class_parameters:
             parameter[:, columns] = 0
         if self.ema:

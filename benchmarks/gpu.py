@@ -241,6 +241,7 @@ MEASUREMENTS: dict[str, Callable[[Setup], dict[str, float]]] = {
     "sample, ddpm, 128 steps": partial(sampling, partial(ancestral.sample, skip_idle=False), 128, False),
     "sample, ddpm, 128 steps, compiled": partial(sampling, partial(ancestral.sample, skip_idle=False), 128, True),
     "sample, ddpm_cache, 128 steps": partial(sampling, partial(ancestral.sample, skip_idle=True), 128, False),
+    "sample, ddpm_cache, 128 steps, compiled": partial(sampling, partial(ancestral.sample, skip_idle=True), 128, True),
     "sample, ddpm_cache, 1000 steps": partial(sampling, partial(ancestral.sample, skip_idle=True), 1000, False),
     "sample, first_hitting": partial(sampling, first_hitting.sample, None, False),
     "sample, first_hitting, compiled": partial(sampling, first_hitting.sample, None, True),

@@ -6,7 +6,6 @@ Shape suffixes: B batch, L length, Q queries, K keys, H heads, D head width.
 """
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +13,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 from palimpsest.models.attention import attend, sdpa, takes_flash
 
@@ -21,7 +21,6 @@ from palimpsest.models.attention import attend, sdpa, takes_flash
 _CHUNK = 128
 _FLASH_BLOCKS = 32
 _LEAST_WIDTH = 16  # of a head in flex on a GPU
-_COMPILES_FLEX = importlib.util.find_spec("triton") is not None
 _FORBIDDEN = -(2.0**14)  # added to a score by extra dimensions of the heads in flash-attn; finite in every precision
 
 
@@ -42,11 +41,17 @@ def visible(query_block: Tensor, key_block: Tensor, query_noised: Tensor, key_no
     return own | before | clean
 
 
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    """Return whether Triton is installed and knows the GPU; torch.compile does not look into this function."""
+    return has_triton()
+
+
 def takes_flex(backend: str, device: torch.device, head_width: int) -> bool:
-    """Return whether flex attends to blocks: with `auto` on a GPU for which it can be compiled."""
+    """Return whether flex attends to blocks: with `auto` on a GPU for which Triton compiles it."""
     if backend != "auto":
         return backend == "flex"
-    return device.type == "cuda" and head_width >= _LEAST_WIDTH and _COMPILES_FLEX
+    return device.type == "cuda" and head_width >= _LEAST_WIDTH and _has_triton()
 
 
 def attend_blocks(
@@ -58,8 +63,6 @@ def attend_blocks(
     its own (BD3-LM, arXiv 2503.09573, section 3.1). Without clean queries the second result is None. The clean stream
     may lack the last block, which no noised query sees. `key_mask_BL` is False on padding, for both streams.
     """
-    if clean.k.shape[1] and takes_flex(backend, noised.k.device, noised.k.shape[-1]):
-        return _flex(noised, clean, size, key_mask_BL)
     attended = torch.cat(
         [
             _noised_chunk(noised, clean, size, key_mask_BL, backend, rows)
@@ -183,21 +186,40 @@ def _flash_kernel(q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, scale: float) 
     return importlib.import_module("flash_attn").flash_attn_func(q_BQHD, k_BKHD, v_BKHD, softmax_scale=scale)
 
 
-def _flex(noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Run both streams in one call of a kernel compiled for the predicate, which skips tiles without visible keys."""
-    length, earlier = noised.k.shape[1], clean.k.shape[1]
-    queries = noised.q if clean.q is None else torch.cat([noised.q, clean.q], dim=1)
-    k, v = torch.cat([noised.k, clean.k], dim=1), torch.cat([noised.v, clean.v], dim=1)
-    score_mod = None
-    if key_mask_BL is not None:
-        seen_BK = torch.cat([key_mask_BL, key_mask_BL[:, :earlier]], dim=1).bool()
+@dataclass(frozen=True)
+class FlexBlocks:
+    """The blocks of a batch for flex, whose masks are built once for all layers.
 
-        def score_mod(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return torch.where(seen_BK[b, key], score, -torch.inf)
+    Attributes:
+        both: the mask of the queries of both streams.
+        noised: that of the noised queries alone, for the last layer.
+        key_mask_BL: False on padding, for both streams.
+    """
 
-    mask = _flex_mask(queries.shape[1], length, earlier, size, queries.device)
-    out_BQHD = flex_attend(queries, k, v, mask, score_mod)
-    return out_BQHD[:, :length], None if clean.q is None else out_BQHD[:, length:]
+    both: object
+    noised: object
+    key_mask_BL: Tensor | None
+
+    def attend(self, noised: QKV, clean: QKV) -> tuple[Tensor, Tensor | None]:
+        """Return the attention of `attend_blocks` in one call of a kernel that skips tiles without visible keys."""
+        length, earlier = noised.k.shape[1], clean.k.shape[1]
+        queries = noised.q if clean.q is None else torch.cat([noised.q, clean.q], dim=1)
+        k, v = torch.cat([noised.k, clean.k], dim=1), torch.cat([noised.v, clean.v], dim=1)
+        score_mod = None
+        if self.key_mask_BL is not None:
+            seen_BK = torch.cat([self.key_mask_BL, self.key_mask_BL[:, :earlier]], dim=1).bool()
+
+            def score_mod(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return torch.where(seen_BK[b, key], score, -torch.inf)
+
+        out_BQHD = flex_attend(queries, k, v, self.noised if clean.q is None else self.both, score_mod)
+        return out_BQHD[:, :length], None if clean.q is None else out_BQHD[:, length:]
+
+
+def flex_blocks(length: int, earlier: int, size: int, key_mask_BL: Tensor | None, device: torch.device) -> FlexBlocks:
+    """Return the blocks of texts of `length` tokens, of which the clean stream has the first `earlier`."""
+    both, noised = (_flex_mask(queries, length, earlier, size, device) for queries in (length + earlier, length))
+    return FlexBlocks(both, noised, key_mask_BL)
 
 
 def flex_attend(
@@ -222,15 +244,19 @@ def _flex_mask(queries: int, length: int, earlier: int, size: int, device: torch
     def predicate(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible(query % length // size, key % length // size, query < length, key < length)
 
+    allow_recompilation()
     with torch.inference_mode(False):  # a validation may be the first to need the mask, and a training keeps it
         return create_block_mask(predicate, None, None, queries, length + earlier, device=device)
+
+
+def allow_recompilation() -> None:
+    """Let torch compile flex for each length, with and without padding and gradients. Beyond the limit, which is 8, it
+    would run flex unfused, with all scores in memory, and only warn."""
+    torch._dynamo.config.recompile_limit = 64
 
 
 @lru_cache(maxsize=1)
 def _flex_kernel() -> object:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # It is compiled for each length, with and without padding and gradients. Beyond the limit, which is 8, torch would
-    # run it unfused, with all scores in memory, and only warn.
-    torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention)

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from palimpsest.common.positions import Positions
 from palimpsest.models.attention import apply_rotary, attend, rotary_angles
-from palimpsest.models.block_attention import QKV, attend_blocks, attend_up_to
+from palimpsest.models.block_attention import (
+    QKV,
+    FlexBlocks,
+    attend_blocks,
+    attend_up_to,
+    flex_blocks,
+    takes_flex,
+)
 from palimpsest.models.class_conditioning import unconditional, with_class
 from palimpsest.models.kv_cache import MOST_AT_ONCE, BlockCache, CleanCache, SegmentCache, one_token
 from palimpsest.models.segment_attention import SegmentMasks, segment_masks
@@ -34,7 +41,7 @@ class TwoStreams:
         c_noised: Tensor,
         c_clean: Tensor,
         rotary: tuple[Tensor, Tensor],
-        blocks: int | SegmentMasks,
+        blocks: int | FlexBlocks | SegmentMasks,
         key_mask_BL: Tensor | None,
         last: bool = False,
         index_N: Tensor | None = None,
@@ -87,10 +94,13 @@ class BlockStreams:
         c_noised, c_clean = self._conditioned(sigma_Bb, blocks, length, class_id), self._clean(noised_BL, class_id)
         rotary = rotary_angles(self.rotary_emb.inv_freq, length)
         key_mask_BL, earlier = attention_mask if self.mask_padding else None, length
+        backend, head_width = self.blocks[0].attn_backend, 2 * len(self.rotary_emb.inv_freq)
         if isinstance(blocks, int):
             earlier = (length - 1) // blocks * blocks
+            if earlier and takes_flex(backend, noised_BL.device, head_width):
+                blocks = flex_blocks(length, earlier, blocks, key_mask_BL, noised_BL.device)
         else:
-            blocks = segment_masks(blocks, key_mask_BL, self.blocks[0].attn_backend, 2 * len(self.rotary_emb.inv_freq))
+            blocks = segment_masks(blocks, key_mask_BL, backend, head_width)
         streams = self.vocab_embed(noised_BL), self.vocab_embed(clean_BL[:, :earlier])
         for layer in self.order[:-1]:
             streams = self.through(layer.two_streams, *streams, c_noised, c_clean, rotary, blocks, key_mask_BL)

@@ -64,7 +64,8 @@ class Checkpoint:
             shown = "\n  ".join(sorted(problems)[:6])
             of_classes = num_classes_of(self.state) != num_classes_of(backbone.state_dict())
             of_classes |= any(problem.startswith("bigrams.") for problem in problems)
-            settings = "classify.sharing= and classify.bigrams=" if of_classes else "model=, model.* and backbone="
+            settings = "model=, model.* and backbone="
+            settings = f"classify.sharing= and classify.bigrams= (or else {settings})" if of_classes else settings
             raise ValueError(
                 f"{self.path} does not fit the model ({len(problems)} differences):\n  {shown}\n"
                 f"Set {settings} as they were in training"

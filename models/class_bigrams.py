@@ -5,8 +5,8 @@ after a masked position is visible, the logit of each token gets the bias of the
 comes after it, so p(text | class) stays normalised. If a text is unmasked one token at a time, one of two
 adjacent tokens is always unmasked first, so every pair counts exactly once.
 
-Shape suffixes: B batch, L length, N selected positions, C positions of a chunk of logits, E pairs of these with a
-token, V vocabulary, P pairs.
+Shape suffixes: B batch, L length, N selected positions, C positions of a chunk of logits, E biases to be added,
+V vocabulary, P pairs.
 """
 
 import torch
@@ -47,7 +47,7 @@ class ClassBigrams(nn.Module):
 
     def add(self, logits_CV: Tensor, before_C: Tensor, after_C: Tensor, class_C: Tensor) -> None:
         """Add the biases of the pairs of each position and its neighbours, in place; none where there is no class."""
-        flat = logits_CV.as_strided((logits_CV.numel(),), (1,))  # a CPU has the logits in the layout (V, C)
+        flat = logits_CV.as_strided((logits_CV.numel(),), (1,))  # dense; in the layout (V, C) on a CPU
         by_row, by_token = logits_CV.stride()
         for sorted_P, order_P, other_P, known_C in (
             (self.first_P, None, self.second_P, before_C),

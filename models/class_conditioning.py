@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 UNCONDITIONAL = -1
-# Of a DiT: what adaLN reads is as wide as the first, and then has a column for each class.
+# Of a DiT: the matrix has a column for each number of the bias, and then one for each class.
 _SIGMA_BIAS, _ADALN_WEIGHT = "sigma_map.mlp.2.bias", "output_layer.adaLN_modulation.weight"
 
 
@@ -30,7 +30,7 @@ class ClassEmbedding(nn.Module):
 def check_names(theirs: Collection[str], ours: Collection[str], file: str) -> None:
     """Refuse weights of a network that read the class in another way. Raises ValueError."""
     embedded = {"class_embed.embedding", "class_shift.embedding"} & {*theirs}
-    if embedded and _SIGMA_BIAS in ours:
+    if embedded and _SIGMA_BIAS in theirs and _SIGMA_BIAS in ours:
         raise ValueError(
             f"{file} was trained when a DiT read the class as an embedding, added to that of the noise level (until "
             "2026-11-30); its network would compute something else now: train it again, in another folder"
@@ -39,11 +39,12 @@ def check_names(theirs: Collection[str], ours: Collection[str], file: str) -> No
 
 def num_classes_of(state: Mapping[str, Tensor]) -> int:
     """Return the number of classes of the network that these weights are of, 0 without classes."""
-    if "class_embed.embedding" in state:
-        return len(state["class_embed.embedding"])
-    if _SIGMA_BIAS in state and _ADALN_WEIGHT in state:
-        return state[_ADALN_WEIGHT].shape[1] - len(state[_SIGMA_BIAS])
-    return 0
+    embedding, bias, weight = (state.get(name) for name in ("class_embed.embedding", _SIGMA_BIAS, _ADALN_WEIGHT))
+    if embedding is not None:
+        return len(embedding) if embedding.ndim else 0
+    if bias is None or weight is None or (bias.ndim, weight.ndim) != (1, 2):
+        return 0
+    return weight.shape[1] - len(bias)
 
 
 class ClassHead(nn.Module):

@@ -154,7 +154,7 @@ class DiT(BlockStreams, Recomputing, Backbone):
     def conditioning(self, sigma_B: Tensor, class_id: Tensor | None = None) -> Tensor:
         """Return the input of adaLN: silu of the embedded sigma, and the class in columns of its own, (B, C).
 
-        As an embedding that is added to sigma's it was hardly learned (docs/log.md, 2026-11-30).
+        An embedding added to sigma's would move all modulations along the few directions that sigma has too.
         """
         embedded_BC = F.silu(self.sigma_map(sigma_B if self.time_conditioning else torch.zeros_like(sigma_B)))
         return with_class(embedded_BC, class_id, self.num_classes)

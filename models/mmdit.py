@@ -96,7 +96,7 @@ class MMDiT(Recomputing, Backbone):
 
     @property
     def class_parameters(self) -> list[tuple[nn.Parameter, slice]]:
-        """Return the matrices of adaLN in the text stream, and their columns for the classes."""
+        """Return the matrices of adaLN in the text stream and of the gates, and their columns for the classes."""
         gates = [block.adaLN_gate for block in self.blocks if self.text_as_dit]
         return [*self.text_stream.class_parameters, *((gate.weight, slice(self.cond_dim, None)) for gate in gates)]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.models.attention import sdpa
-from palimpsest.models.block_attention import QKV, flex_attend, takes_flex, visible
+from palimpsest.models.block_attention import QKV, allow_recompilation, flex_attend, takes_flex, visible
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def _dense_mask(seen: Callable, rows: int, queries: int, keys: int, device: torc
 def _flex_mask(seen: Callable, rows: int, queries: int, keys: int, device: torch.device) -> object:
     from torch.nn.attention.flex_attention import create_block_mask
 
+    allow_recompilation()
     return create_block_mask(lambda b, h, query, key: seen(b, query, key), rows, None, queries, keys, device=device)
 
 

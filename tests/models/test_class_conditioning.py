@@ -80,6 +80,8 @@ def test_the_class_gets_through_whatever_the_network_has_made_of_the_time_that_i
 def test_weights_of_a_dit_that_read_the_class_as_an_embedding_are_refused(name):
     net = dit()
     state = dit(0).state_dict() | {name: torch.zeros(CLASSES, 8)}
+    with pytest.raises(ValueError, match="does not fit the model"):
+        Checkpoint("x.ckpt", ar().state_dict()).load_into(net)
     with pytest.raises(ValueError, match="x.ckpt was trained when a DiT read the class as an embedding"):
         Checkpoint("x.ckpt", state).load_into(net)
 
@@ -87,7 +89,9 @@ def test_weights_of_a_dit_that_read_the_class_as_an_embedding_are_refused(name):
 def test_the_number_of_classes_is_told_by_the_weights():
     assert [num_classes_of(net.state_dict()) for net in (dit(), ar(), hf_mlm())] == [CLASSES] * 3
     assert not num_classes_of(hf_mlm(0).state_dict())
-    with pytest.raises(ValueError, match="Set classify.sharing= and classify.bigrams= as they were in training"):
+    for name in ("sigma_map.mlp.2.bias", "output_layer.adaLN_modulation.weight"):
+        assert not num_classes_of(dit().state_dict() | {name: torch.tensor(1.0)}), "a malformed file"
+    with pytest.raises(ValueError, match="Set classify.sharing= and classify.bigrams= .*as they were in training"):
         Checkpoint("x.ckpt", dit().state_dict()).load_into(dit(0))
 
 

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.nn.attention import flex_attention
 
 from palimpsest.common.randomness import KeyedNoise, training_noise
 from palimpsest.denoisers import ClassGuided
-from palimpsest.models import compiling
+from palimpsest.models import block_attention, compiling, segment_attention
 from palimpsest.models.compiling import compile_encoder
 from palimpsest.models.dit import DiT
 from palimpsest.noise_schedule import LogLinear
@@ -66,6 +67,35 @@ def test_the_encoder_of_all_training_steps_is_one_graph(random_dit, graphs, name
             found.append([loss.detach(), *(p.grad for p in network.parameters())])
         torch.testing.assert_close(*found)
         assert not graphs["graph_break"] and graphs["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_flex_is_part_of_one_graph_also_where_blocks_are_recomputed(monkeypatch, graphs, segments):
+    """A GPU is imitated: torch refuses to train with flex on a CPU, although it can without compiling its kernel."""
+
+    def attend(q, k, v, mask, score_mod=None):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flex_attention.flex_attention(q, k, v, score_mod=score_mod, block_mask=mask).transpose(1, 2)
+
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    for module in (block_attention, segment_attention):
+        monkeypatch.setattr(module, "flex_attend", attend)
+    found, blocks = [], (torch.arange(12) // 4).expand(4, -1) if segments else 4
+    for backend in ("sdpa", "flex"):
+        torch.manual_seed(0)
+        network = DiT(VOCAB, 16, 4, 3, 2, dropout=0.0, attn_backend=backend)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        if backend == "flex":
+            network.recompute_blocks()
+            compile_encoder(network)
+        x0 = torch.randint(MASK, (4, 12))
+        hidden = network.encode_blocks(x0.masked_fill(torch.rand(4, 12) < 0.5, MASK), x0, blocks, torch.rand(4, 3))
+        hidden.sum().backward()
+        found.append([hidden.detach(), *(p.grad for p in network.parameters() if p.grad is not None)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert not graphs["graph_break"] and graphs["stats"]["unique_graphs"] == 1
 
 
 def test_a_compiled_training_is_measured_and_sampled(tmp_path, monkeypatch, graphs):
