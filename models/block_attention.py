@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from palimpsest.models.attention import attend, sdpa, takes_flash
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 # Queries of one kernel call: few enough that little of the diagonal is wasted, enough to fill the kernel.
 _CHUNK = 128
@@ -196,8 +200,8 @@ class FlexBlocks:
         key_mask_BL: False on padding, for both streams.
     """
 
-    both: object
-    noised: object
+    both: "BlockMask"
+    noised: "BlockMask"
     key_mask_BL: Tensor | None
 
     def attend(self, noised: QKV, clean: QKV) -> tuple[Tensor, Tensor | None]:
@@ -223,7 +227,7 @@ def flex_blocks(length: int, earlier: int, size: int, key_mask_BL: Tensor | None
 
 
 def flex_attend(
-    q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, block_mask: object, score_mod: Callable | None = None
+    q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, block_mask: "BlockMask", score_mod: Callable | None = None
 ) -> Tensor:
     """Run flex attention under a mask of `create_block_mask`, (B, Q, H, D). Raises ValueError if gradients are needed
     on a CPU."""
@@ -237,7 +241,7 @@ def flex_attend(
 
 
 @lru_cache(maxsize=32)
-def _flex_mask(queries: int, length: int, earlier: int, size: int, device: torch.device) -> object:
+def _flex_mask(queries: int, length: int, earlier: int, size: int, device: torch.device) -> "BlockMask":
     """Return the predicate on indices into [noised ; clean], built once."""
     from torch.nn.attention.flex_attention import create_block_mask
 

@@ -29,15 +29,16 @@ def compile_encoder(backbone: Backbone) -> None:
             "use model.attn_backend=sdpa"
         )
     backbone.encodes_positions = False
-    backbone.encode_blocks, encode = torch.compile(backbone.encode_blocks, backend=_BACKEND), backbone.encode
-    replayed = torch.compile(encode, backend=_BACKEND, mode=_CUDA_GRAPHS)
-    backbone.encode = _replaying(torch.compile(encode, backend=_BACKEND), replayed)
+    compiled = torch.compile(backbone.encode, backend=_BACKEND)
+    replayed = torch.compile(backbone.encode, backend=_BACKEND, mode=_CUDA_GRAPHS)
+    backbone.encode = _replaying(compiled, replayed)
+    backbone.encode_blocks = torch.compile(backbone.encode_blocks, backend=_BACKEND)
 
 
 def _replaying(compiled: Callable[..., Tensor], replayed: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a function that runs `replayed` on a GPU without gradients, and `compiled` elsewhere."""
 
-    def encode(x_BL: Tensor, *args: object, **conditioning: object) -> Tensor:
+    def encode(x_BL: Tensor, *args: Tensor | None, **conditioning: Tensor | None) -> Tensor:
         if torch.is_grad_enabled() or not x_BL.is_cuda:
             return compiled(x_BL, *args, **conditioning)
         # A copy, because the next replay writes to the same memory, and guidance needs the states of two of them.
