@@ -9,15 +9,8 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from palimpsest.common.values import FREE, BelowOne, Size
-from palimpsest.models.attention import (
-    AttentionBackend,
-    SeenKeys,
-    head_width,
-    resolve_backend,
-    rotary_angles,
-    seen_keys,
-)
+from palimpsest.common.values import FREE, AttentionBackend, BelowOne, Size
+from palimpsest.models.attention import SeenKeys, head_width, resolve_backend, rotary_angles, seen_keys
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.class_conditioning import ClassEmbedding, unconditional, with_class
 from palimpsest.models.kv_cache import KVCache, one_token

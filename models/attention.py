@@ -5,13 +5,11 @@ Shape suffixes: B batch, L length, Q queries, K keys, H heads, D head width.
 
 import importlib
 import importlib.util
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-AttentionBackend = Literal["auto", "sdpa", "flash_attn", "flex"]
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)  # what flash-attn computes in
 

@@ -12,15 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palimpsest.common.positions import Positions
-from palimpsest.common.values import FREE, BelowOne, Size
-from palimpsest.models.attention import (
-    AttentionBackend,
-    SeenKeys,
-    head_width,
-    resolve_backend,
-    rotary_angles,
-    seen_keys,
-)
+from palimpsest.common.values import FREE, AttentionBackend, BelowOne, Size
+from palimpsest.models.attention import SeenKeys, head_width, resolve_backend, rotary_angles, seen_keys
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.blocks import BlockStreams, TwoStreams
 from palimpsest.models.class_conditioning import unconditional, with_class

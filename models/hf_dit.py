@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated
 
-from palimpsest.common.values import FREE, BelowOne, FilePath, Length, Size
-from palimpsest.models.attention import AttentionBackend
+from palimpsest.common.values import FREE, AttentionBackend, BelowOne, FilePath, Length, Size
 from palimpsest.models.checkpoints import Checkpoint, read_settings
 from palimpsest.models.dit import DiT
 from palimpsest.models.hub import BLOCK_MODEL_TYPE

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palimpsest.common.positions import Positions
-from palimpsest.common.values import FREE, BelowOne, Size
-from palimpsest.models.attention import AttentionBackend, head_width, resolve_backend, rotary_angles
+from palimpsest.common.values import FREE, AttentionBackend, BelowOne, Size
+from palimpsest.models.attention import head_width, resolve_backend, rotary_angles
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.class_conditioning import unconditional, with_class
 from palimpsest.models.dit import DiT, OutputLayer
