@@ -39,9 +39,11 @@ def check_names(theirs: Collection[str], ours: Collection[str], file: str) -> No
 
 def num_classes_of(state: Mapping[str, Tensor]) -> int:
     """Return the number of classes of the network that these weights are of, 0 without classes."""
-    embedding, bias, weight = (state.get(name) for name in ("class_embed.embedding", _SIGMA_BIAS, _ADALN_WEIGHT))
-    if embedding is not None:
+    if "class_embed.embedding" in state:
+        embedding = state["class_embed.embedding"]
         return len(embedding) if embedding.ndim else 0
+    bias = state.get(_SIGMA_BIAS)
+    weight = state.get(_ADALN_WEIGHT)
     if bias is None or weight is None or (bias.ndim, weight.ndim) != (1, 2):
         return 0
     return weight.shape[1] - len(bias)

@@ -106,8 +106,10 @@ def test_a_compiled_training_is_measured_and_sampled(tmp_path, monkeypatch, grap
 
 
 def test_a_cuda_graph_is_replayed_on_a_gpu_without_gradients_only():
+    states = torch.ones(2)
     encode = compiling._replaying(lambda x: "compiled", lambda x: states)
-    cpu, gpu, states = torch.zeros(2), SimpleNamespace(is_cuda=True), torch.ones(2)
+    cpu = torch.zeros(2)
+    gpu = SimpleNamespace(is_cuda=True)
     assert encode(gpu) == "compiled"
     with torch.no_grad():
         assert encode(cpu) == "compiled"

@@ -138,7 +138,9 @@ JOINT, CAUSAL, MASKED = "algo=mmldlm backbone=mmdit latents=", "algo=ar backbone
 BELOW_ONE, INSIDE_ONE, SHARE = "a number in [0, 1)", "a number in (0, 1)", "a number in [0, 1]"
 NOT_NEGATIVE, POSITIVE = "a number in [0, inf)", "a number in (0, inf)"
 FROM_0, FROM_1, OR_NULL = "a whole number from 0 to", "a whole number from 1 to", "2147483647 or null"
-BACKENDS, FLAG, LIST = "one of: auto, sdpa, flash_attn, flex", "true or false", "a list of at least one entry such as"
+BACKENDS = "one of: auto, sdpa, flash_attn, flex"
+FLAG = "true or false"
+LIST = "a list of at least one entry such as"
 ORDERS = "left_to_right, confidence, margin, entropy"
 # What is chosen, a key, values that it does not take, and what they must be.
 OUT_OF_RANGE = [
