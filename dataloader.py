@@ -214,6 +214,7 @@ class TextData(LightningDataModule):
             texts.train_splits,
             texts.label_noise,
             texts.texts_per_class,
+            texts.cache_dir,
         )
         self.plan = BatchPlan.of(batches.global_batch_size, batches.batch_ramp)
         self.figures: dict[str, dict[str, int]] = {}
@@ -230,7 +231,7 @@ class TextData(LightningDataModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        train = partial(self._texts.read, "train")
+        train = partial(self._texts.whole, "train")
         return load_tokenizer(
             self.settings.tokenizer_name_or_path,
             folder=self.settings.tokenizer_folder,
@@ -405,7 +406,10 @@ class TextData(LightningDataModule):
     @cached_property
     def train_size(self) -> dict[str, int] | None:
         """The number of texts and bytes of the train split; None if it is a stream, which compares its files."""
-        return None if self.endless else size_of(self.texts("train"))
+        if self.endless:
+            return None
+        sizes = [size_of(part.of("train")) for part in self._texts.parts("train")]
+        return {key: sum(size[key] for size in sizes) for key in ("texts", "bytes")}
 
     @property
     def _order(self) -> dict[str, Any]:

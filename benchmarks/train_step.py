@@ -46,7 +46,8 @@ class NoVocabulary(Subs):
 
 
 class Floor(NoVocabulary):
-    """The trunk and three products with the vocabulary's matrix for the masked positions: what no projection avoids."""
+    """The trunk, three products with the vocabulary's matrix for the masked positions, and its update by the optimizer:
+    what no projection avoids."""
 
     def loss_at(self, backbone: nn.Module, batch: dict, draw: Draw) -> TokenLoss:
         loss = super().loss_at(backbone, batch, draw)
@@ -57,6 +58,7 @@ class Floor(NoVocabulary):
                 logits_VC = weight_VD @ hidden_CD.T
                 logits_VC.T @ weight_VD
                 grad_VD.addmm_(logits_VC, hidden_CD)
+        weight_VD.grad = grad_VD
         return loss
 
 

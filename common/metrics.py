@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 _LARGEST_EXPONENT = 700  # exp of a larger number overflows
-_Z95 = 1.959964  # standard errors of a 95 % interval
+Z95 = 1.959964  # standard errors of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def wilson_interval(successes: float, trials: float) -> Interval:
     """
     if trials == 0:
         return Interval(math.nan, math.nan)
-    share, unit = successes / trials, _Z95**2 / trials
+    share, unit = successes / trials, Z95**2 / trials
     middle, half = share + unit / 2, math.sqrt(unit * (share * (1 - share) + unit / 4))
     return Interval(max(0.0, (middle - half) / (1 + unit)), min(1.0, (middle + half) / (1 + unit)))
 

@@ -17,10 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from palimpsest.common.messages import listed, short_repr
+from palimpsest.data.cache import cached_folder
 from palimpsest.data.files import classes, label_number, text_array
-from palimpsest.data.tables import read, texts_of, write
+from palimpsest.data.tables import fingerprint_of, read, texts_of, write
 
 log = logging.getLogger(__name__)
+
+_KEPT = "kept.npy"
 
 
 def text_table(
@@ -190,12 +193,30 @@ def _without(table: pa.Table, hashes: np.ndarray) -> pa.Table:
     return table.filter(pa.array(~found))
 
 
-def without_texts_of(rows: datasets.Dataset, name: str, held_out: Mapping[str, datasets.Dataset]) -> datasets.Dataset:
-    """Drop the rows of the split `name` whose text is in a held-out split. Raises ValueError if none is left."""
-    hashes = [hash_ for part in held_out.values() for hash_ in text_hashes(texts_of(part))]
-    keep = np.flatnonzero(~np.isin(text_hashes(texts_of(rows)), hashes))
+def without_texts_of(
+    rows: datasets.Dataset, name: str, held_out: Mapping[str, datasets.Dataset], cache_dir: str
+) -> datasets.Dataset:
+    """Drop the rows of the split `name` whose text is in a held-out split.
+
+    Which rows stay is remembered in `cache_dir`, if the rows are on disk. Raises ValueError if none is left.
+    """
+
+    def find(folder: Path) -> None:
+        np.save(folder / _KEPT, _not_in(rows, held_out.values()))
+
+    if rows.cache_files:
+        key = {"rows": fingerprint_of(rows), "held_out": [fingerprint_of(part) for part in held_out.values()]}
+        keep = np.load(cached_folder(cache_dir, "kept", key, find)[0] / _KEPT)
+    else:
+        keep = _not_in(rows, held_out.values())
     _report_dropped(len(rows), len(keep), name, held_out)
     return take_rows(rows, keep) if len(keep) < len(rows) else rows
+
+
+def _not_in(rows: datasets.Dataset, others: Iterable[datasets.Dataset]) -> np.ndarray:
+    """Return the numbers of the rows whose text is in none of the others."""
+    hashes = np.concatenate([text_hashes(texts_of(other)) for other in others])
+    return np.flatnonzero(~np.isin(text_hashes(texts_of(rows)), hashes))
 
 
 def _report_dropped(before: int, kept: int, name: str, held_out: Iterable[str]) -> None:

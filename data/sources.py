@@ -475,7 +475,10 @@ class Combined:
 
 
 def _weighted(weights: Mapping[str, float], sources: Mapping[str, Source]) -> tuple[str, ...]:
-    """Return the names of the sources. Raises ValueError if weights are not theirs, or too small."""
+    """Return the names of the sources, sorted, so that the order in which they were typed changes nothing.
+
+    Raises ValueError if weights are not theirs, or too small.
+    """
     names = ", ".join(sources)
     if set(weights) != set(sources):
         raise ValueError(f"data.weights={dict(weights)} must name each data set of the mixture ({names}), and no other")
@@ -485,7 +488,7 @@ def _weighted(weights: Mapping[str, float], sources: Mapping[str, Source]) -> tu
                 f"data.weights: {name} has {weights[name]} of {sum(weights.values())}, less than one row in {MIXED}; "
                 "raise it, or leave the data set out"
             )
-    return tuple(sources)
+    return tuple(sorted(sources))
 
 
 def _sliced(expression: str) -> tuple[str, int | None, int | None]:

@@ -21,6 +21,7 @@ class SplitTexts:
         limits: split -> data.max_*_texts, None for all.
         other_sources: the other sources of a mixture, whose held-out texts are not trained on.
         streaming: read no more of a split than its limit; for an unlimited train split, `sample_texts`.
+        cache_dir: remembers which training texts are not held out.
     """
 
     source: Source
@@ -31,8 +32,10 @@ class SplitTexts:
     train_splits: Sequence[str] | None
     label_noise: float
     texts_per_class: int | None
+    cache_dir: str
     other_sources: tuple[Source, ...] = ()
     _texts: dict[str, datasets.Dataset] = field(default_factory=dict, init=False)
+    _parts: dict[str, list["SplitTexts"]] = field(default_factory=dict, init=False)
 
     def read(self, split: str) -> datasets.Dataset:
         """Return the split's rows from the source; when streaming, no more of them than the limit."""
@@ -50,11 +53,14 @@ class SplitTexts:
 
     def parts(self, split: str) -> list["SplitTexts"]:
         """Return the texts of each data set that a split is a mixture of; only these if it is none."""
-        sources = self.source.mixed(split) if hasattr(self.source, "mixed") else (self.source,)
-        if len(sources) == 1 or self.train_splits is not None:
-            return [self]
-        others = lambda source: tuple(other for other in sources if other is not source)
-        return [replace(self, source=source, other_sources=others(source)) for source in sources]
+        if split not in self._parts:
+            sources = self.source.mixed(split) if hasattr(self.source, "mixed") else (self.source,)
+            others = lambda source: tuple(other for other in sources if other is not source)
+            alone = len(sources) == 1 or self.train_splits is not None
+            self._parts[split] = (
+                [self] if alone else [replace(self, source=source, other_sources=others(source)) for source in sources]
+            )
+        return self._parts[split]
 
     def of(self, split: str) -> datasets.Dataset:
         """Return columns text, text_id (number in the whole split), and label and ends (data/sources.py) if present.
@@ -72,6 +78,22 @@ class SplitTexts:
             self._texts[split] = rows
         return self._texts[split]
 
+    def whole(self, split: str) -> datasets.Dataset:
+        """Return the split's texts without regard to label and limits, for a tokenizer."""
+        mixed = self.parts(split)
+        if len(mixed) == 1:
+            return self.read(split)
+        return datasets.concatenate_datasets(
+            [part.trainable(part.read(split)).select_columns("text") for part in mixed]
+        )
+
+    def trainable(self, rows: datasets.Dataset) -> datasets.Dataset:
+        """Return those rows of the train split that no other data set of a mixture holds out."""
+        for other in self.other_sources:
+            measured = {name: other.load(name) for name in SPLITS[1:] if name in other.splits}
+            rows = without_texts_of(rows, "train", measured, self.cache_dir)
+        return rows
+
     def _part(self, split: str) -> datasets.Dataset:
         rows = self.read(split)
         if "text_id" not in rows.column_names:
@@ -81,12 +103,11 @@ class SplitTexts:
             rows = with_wrong_labels(rows, self.label_noise, self.source.label_names)
         if self.label is not None:
             rows = keep_label(rows, self.label, self.source.label_names, split)
-        for other in self.other_sources if split == "train" else ():
-            measured = {name: other.load(name) for name in SPLITS[1:] if name in other.splits}
-            rows = without_texts_of(rows, split, measured)
+        if split == "train":
+            rows = self.trainable(rows)
         if split not in SPLITS:
             measured = {held_out: self.read(held_out) for held_out in SPLITS[1:] if held_out in self.source.splits}
-            rows = without_texts_of(rows, split, measured)
+            rows = without_texts_of(rows, split, measured, self.cache_dir)
         return at_most(rows, self._limit(split))
 
     def _limit(self, split: str) -> int | None:

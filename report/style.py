@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import isotonic_regression
 
+from palimpsest.common.metrics import Z95
 from palimpsest.report.formatting import format_measurement
 from palimpsest.report.svg import THEMED
 
@@ -26,7 +27,6 @@ THEME = {
 }  # fmt: skip
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, INK, MUTED)
 
-Z95 = 1.959964
 WIDTH, TEXT = 5.6, 9.0
 TICK_STEPS = (1, 2, 2.5, 5, 10)
 

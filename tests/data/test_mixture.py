@@ -9,9 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hydra.utils import instantiate
 
 from palimpsest.data.order import MIXED, mixed_rows_at, quotas, rows_at
 from palimpsest.data.user_files import mixture
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.identity import identity
 from tests.helpers.texts import text_data
 
 
@@ -74,6 +77,42 @@ def test_training_takes_the_shares_and_resumes(paths, wrap):
     later.load_state_dict({"consumed_samples": 800, **later._order})
     again = list(itertools.islice(later.train_dataloader(), 25))
     assert all(one["input_ids"].equal(two["input_ids"]) for one, two in zip(batches[100:], again, strict=True))
+
+
+def test_the_order_of_the_names_changes_nothing_but_the_measured_data_set(paths):
+    turned = dict(reversed(paths.items()))
+    one, two = data_of(paths, {"a": 1, "b": 3}, "a"), data_of(turned, {"b": 3, "a": 1}, "a")
+    for _, first, second in zip(range(30), one.train_dataloader(), two.train_dataloader(), strict=False):
+        assert first["input_ids"].equal(second["input_ids"])
+    words = [f"data.paths={{a:{paths['a']},b:{paths['b']}}}", f"data.paths={{b:{paths['b']},a:{paths['a']}}}"]
+    typed = [compose_config(["data=mixture", word, "data.weights={a:1,b:3}"]) for word in words]
+    known = [identity(cfg)["data.valid"] for cfg in typed]
+    assert known == ["a", "b"], "so the second command is another run"
+    assert [instantiate(cfg.data.source).choice["test"] for cfg in typed] == known
+
+
+def test_held_out_texts_are_looked_for_once(paths, tmp_path, monkeypatch):
+    (tmp_path / "b.txt").write_text("".join(f"{'a' * (i % 9 + 1)}{i}\n" for i in range(300, 700)))
+    both = paths | {"b": str(tmp_path / "b.txt")}
+    first, second = data_of(both, {"a": 1, "b": 1}), data_of(both, {"a": 1, "b": 1})
+
+    def seen(data):
+        rows = [ids.tolist() for ids in data.split("train")["input_ids"]]
+        return rows, data.train_size, data.texts("train")["text"][:]
+
+    before = seen(first)
+    monkeypatch.setattr("palimpsest.data.rows.text_hashes", None)  # a second start does not call it
+    assert seen(second) == before
+
+
+def test_a_tokenizer_of_a_mixture_sees_no_held_out_text_of_any_corpus(tmp_path):
+    """The held-out texts of one corpus all stand in the other one."""
+    lines = [f"{'a' * (i % 9 + 1)}{i}" for i in range(400)]
+    for name, text in (("a", lines), ("b", [*lines, "z"])):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{line}\n" for line in text))
+    data = data_of({name: str(tmp_path / f"{name}.txt") for name in "ab"}, {"a": 1, "b": 1})
+    measured = {text for source in data.source.sources.values() for text in source.load("test")["text"]}
+    assert measured and not measured & set(data._texts.whole("train")["text"][:])
 
 
 def test_texts_are_joined_and_one_data_set_is_measured(paths):
