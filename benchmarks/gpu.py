@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from palimpsest.benchmarks.sampling import plain
 from palimpsest.benchmarks.train_step import PlainSubs
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise, training_noise
 from palimpsest.models.compiling import compile_encoder
@@ -54,6 +55,7 @@ SIZES = {"12 x 768": Size(768, 12, 12, 1024, 32), "24 x 1024": Size(1024, 24, 16
 SMALL = {"2 x 32": Size(32, 2, 2, 32, 4)}
 SECONDS, SMALL_SECONDS = 12.0, 0.0  # of a measurement, after its warm-up
 WARM_UP = 3  # steps
+_FEW = 4  # steps of a sampler in its warm-up
 
 
 def network(size: Size, vocab_size: int, device: str, num_classes: int = 0) -> DiT:
@@ -65,6 +67,14 @@ def network(size: Size, vocab_size: int, device: str, num_classes: int = 0) -> D
     net = DiT(vocab_size, size.width, 128, size.blocks, size.heads, dropout=0.0, num_classes=num_classes)
     nn.init.normal_(net.head.weight, std=0.02)
     return net.to(device)
+
+
+def trained(setup: "Setup", compiled: bool, num_classes: int = 0) -> DiT:
+    """Return the network of a measurement that does not train."""
+    net = network(setup.size, setup.vocab_size, setup.device, num_classes).eval()
+    if compiled:
+        compile_encoder(net)
+    return net
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -175,10 +185,10 @@ def training_step(objective: Callable[[Absorbing], Objective], compiled: bool, s
     return found | {"mfu": done / found["seconds"] / matmul_rate(torch.device(setup.device), torch.bfloat16)}
 
 
-def likelihood(setup: Setup) -> dict[str, float]:
+def likelihood(objective: Callable[[Absorbing], Subs], compiled: bool, setup: Setup) -> dict[str, float]:
     """Tokens/s of one draw of the bound, as in mode=ppl_eval."""
-    net = network(setup.size, setup.vocab_size, setup.device).eval()
-    law = Subs(LogLinear(), Absorbing(setup.vocab_size - 1)).bound(None)
+    net = trained(setup, compiled)
+    law = objective(Absorbing(setup.vocab_size - 1)).bound(None)
     rows_B = torch.arange(setup.batch, device=setup.device)
     batch = {"input_ids": torch.randint(setup.vocab_size - 1, (setup.batch, setup.length), device=setup.device)}
 
@@ -192,23 +202,36 @@ def likelihood(setup: Setup) -> dict[str, float]:
 
 def sampling(sampler: Callable, steps: int | None, compiled: bool, setup: Setup) -> dict[str, float]:
     """Tokens/s of writing texts, as in mode=sample_eval: no autocast, and tokens are drawn in float64."""
-    net = network(setup.size, setup.vocab_size, setup.device).eval()
-    if compiled:
-        compile_encoder(net)
+    net = trained(setup, compiled)
     model = Model(Subs(LogLinear(), Absorbing(setup.vocab_size - 1)), net)
-    blank_BL = torch.full((setup.batch, setup.length), setup.vocab_size - 1, device=setup.device)
     rows_B = torch.arange(setup.batch, device=setup.device)
-    settings = {} if steps is None else {"steps": min(steps, 4) if setup.small else steps}
 
-    def texts(number: int) -> None:
-        sampler(model, blank_BL, KeyedNoise(number, rows_B), **settings)
+    def fill(number: int, x_BL: Tensor, steps: int | None) -> None:
+        sampler(model, x_BL, KeyedNoise(number, rows_B), **({} if steps is None else {"steps": steps}))
 
-    return setup.measured(texts, setup.batch * setup.length, "tokens/s", warm_up=1)
+    return _measured_texts(fill, steps, setup)
 
 
-def classification(setup: Setup, draws: int = 8) -> dict[str, float]:
+def plain_sampling(steps: int, setup: Setup) -> dict[str, float]:
+    """Tokens/s of the reference's loop, which projects every position at every step."""
+    net = trained(setup, compiled=False)
+    return _measured_texts(lambda _, x_BL, steps: plain(net, x_BL, steps, timed=steps), steps, setup)
+
+
+def _measured_texts(
+    fill: Callable[[int, Tensor, int | None], object], steps: int | None, setup: Setup
+) -> dict[str, float]:
+    blank_BL = torch.full((setup.batch, setup.length), setup.vocab_size - 1, device=setup.device)
+    steps = min(steps, _FEW) if steps and setup.small else steps
+    few_BL = blank_BL.clone()
+    few_BL[:, _FEW:] = 0  # a warm-up of few steps, with the shapes of the others
+    fill(0, few_BL, steps and _FEW)
+    return setup.measured(lambda number: fill(number, blank_BL, steps), blank_BL.numel(), "tokens/s", warm_up=0)
+
+
+def classification(compiled: bool, setup: Setup, draws: int = 8) -> dict[str, float]:
     """Texts/s of p(class | text) for two classes by one conditional network, with the same masks for both."""
-    net = network(setup.size, setup.vocab_size, setup.device, num_classes=2).eval()
+    net = trained(setup, compiled, num_classes=2)
     law = Subs(LogLinear(), Absorbing(setup.vocab_size - 1)).bound(None)
     rows_B = torch.arange(setup.batch, device=setup.device)
     ids_BL = torch.randint(setup.vocab_size - 1, (setup.batch, setup.length), device=setup.device)
@@ -224,7 +247,8 @@ def classification(setup: Setup, draws: int = 8) -> dict[str, float]:
     return setup.measured(texts, setup.batch, "texts/s", warm_up=1)
 
 
-_subs = partial(Subs, LogLinear())
+_subs, _plain = partial(Subs, LogLinear()), partial(PlainSubs, LogLinear())
+_ddpm, _ddpm_cache = (partial(ancestral.sample, skip_idle=idle) for idle in (False, True))
 
 
 def _blocks(size: int, process: Absorbing) -> BlockDiffusion:
@@ -234,18 +258,24 @@ def _blocks(size: int, process: Absorbing) -> BlockDiffusion:
 MEASUREMENTS: dict[str, Callable[[Setup], dict[str, float]]] = {
     "train": partial(training_step, _subs, False),
     "train, compiled": partial(training_step, _subs, True),
-    "train, plain form": partial(training_step, partial(PlainSubs, LogLinear()), False),
+    "train, plain form": partial(training_step, _plain, False),
     "train, blocks of 4": partial(training_step, partial(_blocks, 4), False),
+    "train, blocks of 4, compiled": partial(training_step, partial(_blocks, 4), True),
     "train, blocks of 16": partial(training_step, partial(_blocks, 16), False),
-    "likelihood, one draw": likelihood,
-    "sample, ddpm, 128 steps": partial(sampling, partial(ancestral.sample, skip_idle=False), 128, False),
-    "sample, ddpm, 128 steps, compiled": partial(sampling, partial(ancestral.sample, skip_idle=False), 128, True),
-    "sample, ddpm_cache, 128 steps": partial(sampling, partial(ancestral.sample, skip_idle=True), 128, False),
-    "sample, ddpm_cache, 128 steps, compiled": partial(sampling, partial(ancestral.sample, skip_idle=True), 128, True),
-    "sample, ddpm_cache, 1000 steps": partial(sampling, partial(ancestral.sample, skip_idle=True), 1000, False),
+    "train, blocks of 16, compiled": partial(training_step, partial(_blocks, 16), True),
+    "likelihood, one draw": partial(likelihood, _subs, False),
+    "likelihood, one draw, compiled": partial(likelihood, _subs, True),
+    "likelihood, one draw, plain form": partial(likelihood, _plain, False),
+    "sample, ddpm, 128 steps": partial(sampling, _ddpm, 128, False),
+    "sample, ddpm, 128 steps, compiled": partial(sampling, _ddpm, 128, True),
+    "sample, ddpm, 128 steps, plain form": partial(plain_sampling, 128),
+    "sample, ddpm_cache, 128 steps": partial(sampling, _ddpm_cache, 128, False),
+    "sample, ddpm_cache, 128 steps, compiled": partial(sampling, _ddpm_cache, 128, True),
+    "sample, ddpm_cache, 1000 steps": partial(sampling, _ddpm_cache, 1000, False),
     "sample, first_hitting": partial(sampling, first_hitting.sample, None, False),
     "sample, first_hitting, compiled": partial(sampling, first_hitting.sample, None, True),
-    "classify, 8 draws": classification,
+    "classify, 8 draws": partial(classification, False),
+    "classify, 8 draws, compiled": partial(classification, True),
 }
 
 
@@ -269,6 +299,12 @@ def table(results: dict) -> str:
         share = f"{row['mfu']:.1%}" if "mfu" in row else ""
         lines.append(f"| {row['size']} | {row['name']} | {speed} | {share} | {row['peak_gib']:.2f} |")
     return "\n".join(lines) + "\n"
+
+
+def write(folder: Path, results: dict) -> None:
+    """Write the results so far."""
+    (folder / "gpu.json").write_text(json.dumps(results, indent=1))
+    (folder / "gpu.md").write_text(table(results))
 
 
 def measured(size_name: str, name: str, small: bool) -> dict:
@@ -307,17 +343,17 @@ def main(arguments: list[str] | None = None) -> int:
         "checks": list(checks(setup.device, setup.size, setup.vocab_size)),
         "measurements": [],
     }
+    args.output.mkdir(parents=True, exist_ok=True)
+    write(args.output, results)
     wrong = [f"{what}: {off:.3g} is above {limit:g}" for what, off, limit in results["checks"] if not off <= limit]
     if wrong:
         print("\n".join(["results differ from those of the CPU:", *wrong]), file=sys.stderr)
         return 1
-    args.output.mkdir(parents=True, exist_ok=True)
     for size_name in sizes:
         for what in MEASUREMENTS:
             results["measurements"].append(measured(size_name, what, args.small))
             print(json.dumps(results["measurements"][-1]), flush=True)
-            (args.output / "gpu.json").write_text(json.dumps(results, indent=1))
-            (args.output / "gpu.md").write_text(table(results))
+            write(args.output, results)
     return int(any("error" in row for row in results["measurements"]))
 
 

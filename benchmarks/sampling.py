@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from palimpsest.benchmarks.shared import in_turns, new_parser, ratios, report, spread
 from palimpsest.common.randomness import KeyedNoise
@@ -28,19 +29,19 @@ LENGTH, VOCAB, BATCH, MASK = 256, 50_258, 4, 50_257
 
 
 @torch.no_grad()
-def plain(net: DiT, steps: int, timed: int) -> int:
+def plain(net: DiT, x_BL: Tensor, steps: int, timed: int) -> int:
     """Project everything at every step, with float32 Gumbel noise for the posterior.
 
     All steps cost the same, so the first `timed` of them give the total.
     """
-    x = torch.full((BATCH, LENGTH), MASK)
+    mask_id, no_noise_B = net.vocab_size - 1, torch.zeros(len(x_BL), device=x_BL.device)
     for t, s in list(itertools.pairwise(time_grid(steps, 1e-5)))[:timed]:
-        logits = net(x, torch.zeros(BATCH))
-        logits[..., MASK] += -1e6
+        logits = net(x_BL, no_noise_B)
+        logits[..., mask_id] += -1e6
         q = (logits - logits.logsumexp(-1, keepdim=True)).exp() * float(t - s)
-        q[..., MASK] = float(s)
+        q[..., mask_id] = float(s)
         drawn = (q / (1e-10 - (torch.rand_like(q) + 1e-10).log())).argmax(-1)
-        x = torch.where(x == MASK, drawn, x)
+        x_BL = torch.where(x_BL == mask_id, drawn, x_BL)
     return steps
 
 
@@ -71,7 +72,7 @@ def main() -> None:
         "ddpm": partial(ours, net, partial(ancestral.sample, steps=args.steps, skip_idle=False)),
         "ddpm_cache": partial(ours, net, partial(ancestral.sample, steps=args.steps, skip_idle=True)),
         "first_hitting": partial(ours, net, first_hitting.sample),
-        "plain": partial(plain, net, args.steps, args.timed_plain_steps),
+        "plain": partial(plain, net, torch.full((BATCH, LENGTH), MASK), args.steps, args.timed_plain_steps),
         "trunk": partial(trunk, net, args.steps),
     }
     seconds, evaluations = in_turns(runs, args.pairs)

@@ -254,8 +254,8 @@ def _flex_mask(queries: int, length: int, earlier: int, size: int, device: torch
 
 
 def allow_recompilation() -> None:
-    """Let torch compile flex for each length, with and without padding and gradients. Beyond the limit, which is 8, it
-    would run flex unfused, with all scores in memory, and only warn."""
+    """Let torch compile a function for each kind of its inputs. Beyond the limit, which is 8, it would run the function
+    uncompiled (flex with all scores in memory), and only warn."""
     torch._dynamo.config.recompile_limit = 64
 
 

@@ -203,8 +203,10 @@ class TokenDiffusion(Objective):
 
     @property
     def loss_name(self) -> str:
-        """Name of the mean loss: nats per token of the bound, or per masked token."""
-        return "nll" if self.loss_weight == "elbo" else "cross_entropy"
+        """Name of the mean loss: nats per token of the bound, or per masked token, or neither."""
+        if self.loss_weight != "elbo":
+            return "cross_entropy"
+        return "loss" if self.mask_sampler.prefers_rates else "nll"
 
     @property
     def best_mask_sampler(self) -> MaskSampler:

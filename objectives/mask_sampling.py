@@ -44,11 +44,12 @@ class MaskSampler(ABC):
         changes_variables: the network is shown log(1 - alpha), by which t is drawn.
         always_masks: at least one token is masked, which needs an integrand that is 0 on clean texts.
         corrects_density: `Draw.scale_B` makes up for times that are not drawn evenly.
+        prefers_rates: some mask rates count more than in the bound.
     """
 
     label: str
     passes = 1
-    discrete = changes_variables = corrects_density = False
+    discrete = changes_variables = corrects_density = prefers_rates = False
     covers_all_rates = estimates_bound = always_masks = True
 
     @abstractmethod
@@ -114,7 +115,8 @@ class Bernoulli(MaskSampler):
         self.time_density = time_density
         self.discrete = T > 0
         self.corrects_density = time_density == "bell_corrected"
-        self.covers_all_rates = not resample and time_density != "bell" and (self.discrete or sampling_eps == 0)
+        self.prefers_rates = time_density == "bell"
+        self.covers_all_rates = not (resample or self.prefers_rates) and (self.discrete or sampling_eps == 0)
         times = "stratified t" if antithetic_sampling else "independent t"
         how = "importance-sampled" if self.importance_sampling else (time_density or "").replace("_", ", ")
         self.label = f"{times}, {how}" if how else times

@@ -50,16 +50,20 @@ def history(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.array(sorted(points.items())) for name, points in series.items()}
 
 
-_WITH_LATENTS = (
-    " Training texts are conditioned as the trained modes say, validation texts on their latents: both may be below "
-    "the likelihood above, which is that of texts alone."
-)
+# Training losses in the order of preference -> what sets them apart from the NLL of validation texts.
+_LOSSES = {
+    "train/nll": "",
+    "train/cross_entropy": " The training loss is a mean over masked tokens and no NLL.",
+    "train/text_loss": " Training texts are conditioned as the trained modes say, validation texts on their latents: "
+    "both may be below the likelihood above, which is that of texts alone.",
+    "train/loss": " Some mask rates count more in the training loss than in the NLL.",
+}
 
 
 def add_loss_curve(report: Report, folder: Path, truth: float | None) -> None:
     """Add the loss curve from the logs under `folder`."""
     logged = history(folder)
-    name = next((name for name in ("train/nll", "train/cross_entropy", "train/text_loss") if name in logged), None)
+    name = next((name for name in _LOSSES if name in logged), None)
     if name is None:
         return
     validation = (*logged["val/nll"].T, logged["val/nll_se"][:, 1]) if "val/nll" in logged else None
@@ -67,7 +71,7 @@ def add_loss_curve(report: Report, folder: Path, truth: float | None) -> None:
     report.figure(
         plots.loss_curve(tuple(logged[name].T), validation, None if with_latents else truth),
         "Nats per token; a point of the training curve is the mean since the one before, of one noisy draw per text, "
-        "with dropout and without weight averaging." + (_WITH_LATENTS if with_latents else ""),
+        "with dropout and without weight averaging." + _LOSSES[name],
         "Loss against optimizer step",
     )
 

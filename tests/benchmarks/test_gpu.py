@@ -30,7 +30,9 @@ def test_the_small_form_measures_everything(tmp_path):
 def test_a_failed_check_ends_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "checks", lambda *_: iter([("a sum, relative", float("nan"), 0.1)]))
     assert gpu.main(["--small", "--output", str(tmp_path)]) == 1
-    assert "a sum, relative: nan is above 0.1" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "a sum, relative: nan is above 0.1" in capsys.readouterr().err
+    assert "| a sum, relative | nan | 0.1 |" in (tmp_path / "gpu.md").read_text()
+    assert json.loads((tmp_path / "gpu.json").read_text())["measurements"] == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

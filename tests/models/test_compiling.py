@@ -105,6 +105,15 @@ def test_a_compiled_training_is_measured_and_sampled(tmp_path, monkeypatch, grap
     assert run(*TINY, "mode=sample_eval", "trainer.compile=true")  # finds the same folder
 
 
+def test_padded_rows_of_all_lengths_take_two_graphs(random_dit, graphs):
+    network = random_dit(VOCAB, time_conditioning=True).float().train()
+    compile_encoder(network)
+    for length in (8, 16, 24, 32, 40):
+        here = torch.arange(length).expand(4, -1) < torch.tensor([[length], [3], [5], [7]])
+        network.encode(torch.randint(MASK, (4, length)), torch.rand(4), attention_mask=here).sum().backward()
+    assert not graphs["graph_break"] and graphs["stats"]["unique_graphs"] == 2
+
+
 def test_a_cuda_graph_is_replayed_on_a_gpu_without_gradients_only():
     states = torch.ones(2)
     encode = compiling._replaying(lambda x: "compiled", lambda x: states)

@@ -116,6 +116,10 @@ def test_other_weights_than_announced_are_refused_and_so_is_a_second_gradient():
     target, weight = torch.randint(MASK, (N,)), torch.rand(N)
     with pytest.raises(RuntimeError, match="weighted otherwise than by `weight_N`; leave `weight_N` out"):
         cross_entropy(hidden, head, target, MASK, weight).sum().backward()
+    weight = torch.tensor([1e4, *torch.ones(N - 1)])
+    announced = weight * torch.tensor([*torch.ones(N - 1), 8.0])
+    with pytest.raises(RuntimeError, match="weighted otherwise"):  # small beside the largest weight, and wrong
+        (weight * cross_entropy(hidden, head, target, MASK, announced)).sum().backward()
     loss = cross_entropy(hidden, head, target, MASK, torch.ones(N)).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="taken already"):

@@ -3,7 +3,8 @@
 Sums are kept on the device within an interval. Only at its end does the host wait for the device, and ranks exchange
 their sums (one gather). Every number is of the whole run, over all ranks, unless its name says more:
 
-  train/nll              nats per token, sum over sum of the interval (train/cross_entropy where that is trained)
+  train/nll              nats per token, sum over sum of the interval; train/cross_entropy or train/loss where the
+                         training weights rates otherwise (`loss_name` of the objective)
   train/nll_ema          its running mean over about `EMA_STEPS` steps
   train/nll_masked_A-B   nats per masked token in texts with a share from A to B masked (train/cross_entropy_...
                          where that is trained)
