@@ -447,11 +447,11 @@ class TextData(LightningDataModule):
         return int(self._resumed.get("consumed_samples", 0))
 
 
-def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:
+def with_texts(data: TextData, split: str, texts: Sequence[str], cut_long: bool = False) -> TextData:
     """Return `data` with an additional split of other texts, packed like the test split; nothing is stored on disk.
 
-    Their class is unknown (label -1). Raises ValueError if the texts do not fit these settings, one has no tokens, or
-    rows of the data are no single texts.
+    Their class is unknown (label -1). With `cut_long` a text that data.long_texts=error would refuse is cut. Raises
+    ValueError if the texts do not fit these settings, one has no tokens, or rows of the data are no single texts.
     """
     if isinstance(texts, str):
         raise ValueError(f"give a list of texts, not one text: [{texts!r:.40}]")
@@ -468,6 +468,8 @@ def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:
     rows = from_table(text_table(texts, [-1] * len(texts)))
     rows = rows.add_column("text_id", np.arange(len(rows)))
     packing = replace(data.packing(split), drop_empty=True)  # so that such a text is refused below
+    if cut_long and packing.long_texts == "error":
+        packing = replace(packing, long_texts="truncate")
     packed, figures = pack(rows, data.tokenizer, data.vocabulary, packing, None, split)
     if left_out := set(range(len(texts))).difference(packed["text_id"]):  # by data.drop_empty or data.long_texts=drop
         number = min(left_out)

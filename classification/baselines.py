@@ -38,14 +38,15 @@ class Baseline:
 
     name: str
     posterior_MC: np.ndarray  # p(class | text) of the test texts
-    validation_MC: np.ndarray  # of the validation texts, which its regularisation was chosen on
+    validation_MC: np.ndarray  # of the validation texts
+    chosen: bool = False  # its regularisation, on the validation texts
 
 
 def baselines(train: Labelled, validation: Labelled, test: Labelled, vocab_size: int) -> list[Baseline]:
     """Train every baseline on `train`, choose its regularisation on `validation`, and classify `test` and `validation`.
 
     Naive Bayes (add-one smoothing, training frequencies as prior) and the NB-weighted regression use the model's own
-    tokens; TF-IDF uses the words of the raw text.
+    tokens; TF-IDF uses the words of the texts.
 
     Raises:
         ValueError: a split has no text; a class has no training text; there is only one class; an id lies outside the
@@ -55,8 +56,8 @@ def baselines(train: Labelled, validation: Labelled, test: Labelled, vocab_size:
     grams = NGrams.seen_in(train.ids, vocab_size)
     found = []
 
-    def add(name: str, predict: Predict, test_MF: csr_matrix, validation_MF: csr_matrix) -> None:
-        found.append(Baseline(name, predict(test_MF), predict(validation_MF)))
+    def add(name: str, predict: Predict, test_MF: csr_matrix, validation_MF: csr_matrix, chosen: bool = False) -> None:
+        found.append(Baseline(name, predict(test_MF), predict(validation_MF), chosen))
 
     unigrams = MultinomialNB().fit(unigram_counts(train.ids, vocab_size), train.label_M)
     counts = (unigram_counts(part.ids, vocab_size) for part in (test, validation))
@@ -64,11 +65,12 @@ def baselines(train: Labelled, validation: Labelled, test: Labelled, vocab_size:
     train_MF, validation_MF, test_MF = (grams.counts(part.ids) for part in (train, validation, test))
     bigrams = MultinomialNB().fit(train_MF, train.label_M)
     add("naive Bayes, uni- and bigrams", bigrams.predict_proba, test_MF, validation_MF)
-    add("TF-IDF logistic regression", *_tfidf(train, validation, test))
+    add("TF-IDF logistic regression", *_tfidf(train, validation, test), chosen=True)
     for counts_MF in (train_MF, validation_MF, test_MF):
         counts_MF.data[:] = 1  # presence instead of counts from here on
     fits = (_nb_logistic(train_MF, train.label_M, num_classes, strength) for strength in _NB_STRENGTHS)
-    add("NB-weighted logistic regression", _best(fits, validation_MF, validation.label_M), test_MF, validation_MF)
+    best = _best(fits, validation_MF, validation.label_M)
+    add("NB-weighted logistic regression", best, test_MF, validation_MF, chosen=True)
     return found
 
 

@@ -5,11 +5,13 @@ Shape suffixes: M texts, C classes, R rows of the split.
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from palimpsest.classification.models import ClassModel
 from palimpsest.classification.predictions import predictions_file, read_posterior
 from palimpsest.classification.scoring import ClassScores
 from palimpsest.common.values import PATH, list_of
+from palimpsest.data.rows import text_hashes
 from palimpsest.dataloader import TextData
 from palimpsest.evaluation.experiment import Experiment
 from palimpsest.samplers.gaussian import LatentSteps
@@ -45,11 +48,12 @@ class ComparedMethods:
     compare: Annotated[Sequence[str], list_of(PATH, 0, "[outputs/.../classify/test]")] = ()
     latent: LatentSteps = LatentSteps()  # how latents are sampled for the nearest centroid
 
-    def files(self, split: str, folder: Path) -> dict[str, Path]:
+    def other_runs(self, data: TextData, split: str, folder: Path, log_prior_C: np.ndarray) -> dict[str, OtherRun]:
         """Return the predictions to compare with, by folder name; `folder` receives those of this run.
 
         Raises:
-            ValueError: calibration would be fitted on the split that is reported, or a run is compared with itself.
+            ValueError: calibration would be fitted on the split that is reported; a run is compared with itself, named
+                twice, or about other texts.
             FileNotFoundError: there are no such predictions.
         """
         if self.calibrate and split == "validation":
@@ -58,10 +62,26 @@ class ComparedMethods:
                 "leave one of them out"
             )
         files = {path: predictions_file(path) for path in self.compare}
+        seen = {folder.resolve(): "this run itself"}
         for path, file in files.items():
-            if file.parent.resolve() == folder.resolve():
-                raise ValueError(f"classify.compare: {path} is the folder of this run itself; name those of other runs")
-        return files
+            place = file.parent.resolve()
+            if place in seen:
+                raise ValueError(f"classify.compare: {path} is the folder of {seen[place]}; name each other run once")
+            seen[place] = path
+            _warn_of_another_prior(path, file, dict(zip(data.label_names, np.exp(log_prior_C), strict=True)))
+        texts = identified(data, split) if files else None
+        return {path: OtherRun.read(file, texts, self.calibrate) for path, file in files.items()}
+
+
+def _warn_of_another_prior(path: str, file: Path, ours: Mapping[str, float]) -> None:
+    results = file.parent / "results.json"
+    theirs = json.loads(results.read_text()).get("prior") if results.exists() else None
+    if theirs and not all(math.isclose(ours[name], share, rel_tol=1e-6) for name, share in theirs.items()):
+        log.warning(
+            "classify.compare: %s has the prior %s and this run %s, so their ensemble has neither; classify both with "
+            "the same classify.prior",
+            *(path, theirs, {name: round(float(share), 6) for name, share in ours.items()}),
+        )
 
 
 @dataclass(frozen=True)
@@ -109,6 +129,23 @@ def _lengths(scores: ClassScores) -> np.ndarray:
     return np.maximum(scores.tokens_M, 1)
 
 
+class Identified(NamedTuple):
+    """What the texts of a split are known by in predictions.parquet, in the order of their numbers."""
+
+    number_M: np.ndarray
+    label_M: np.ndarray
+    hash_M: np.ndarray
+
+
+def identified(data: TextData, split: str) -> Identified:
+    """Return the numbers, classes and hashes of the texts of a split that have tokens."""
+    rows = data.split(split)
+    number_M, first_M = np.unique(rows["text_id"][:], return_index=True)
+    text = text_of_id(data, split)
+    hash_M = text_hashes(text[number] for number in number_M.tolist())
+    return Identified(number_M, np.asarray(rows["label"][:])[first_M], hash_M)
+
+
 @dataclass(frozen=True)
 class OtherRun:
     """Predictions of another run for the same texts."""
@@ -117,9 +154,8 @@ class OtherRun:
     in_ensemble_MC: np.ndarray  # calibrated, if this run is and that one was
 
     @classmethod
-    def read(cls, file: Path, scores: ClassScores, text_M: np.ndarray, calibrated: bool) -> OtherRun:
-        """Read the predictions for the texts of `scores`. Raises ValueError if the file is about other texts."""
-        texts = (scores.text_id_M, scores.label_M, text_M)
+    def read(cls, file: Path, texts: Identified, calibrated: bool) -> OtherRun:
+        """Read the predictions for these texts. Raises ValueError if the file is about others."""
         columns = _CALIBRATED_COLUMNS if calibrated else ("posterior",)
         return cls(read_posterior(file, *texts), read_posterior(file, *texts, columns))
 
@@ -160,7 +196,8 @@ def compared(
         parts = [_texts(data, name) for name in ("train", "validation", split)]
         found = baselines(*parts, data.vocabulary.size)
         for baseline in found:
-            add(baseline.name, baseline.posterior_MC)
+            if split != "validation" or not baseline.chosen:
+                add(baseline.name, baseline.posterior_MC)
         if split != "validation":  # which the baseline is chosen on
             methods.append(_with_baseline(found, own_MC, validation_MC, parts[1].label_M, plain.evaluations, scores))
         if data.latents is not None:
@@ -199,7 +236,13 @@ def _texts(data: TextData, split: str) -> Labelled:
     text_id_M, first_M = np.unique(rows["text_id"][order_R], return_index=True)
     parts = [rows["input_ids"][row] for row in order_R]
     joined = [np.concatenate(parts[a:b]) for a, b in zip(first_M, [*first_M[1:], len(parts)], strict=True)]
-    return Labelled([text[i] for i in text_id_M.tolist()], joined, rows["label"][order_R][first_M])
+    texts = [text[i] for i in text_id_M.tolist()]
+    if data.packing(split).long_texts == "truncate":  # nobody sees what is cut off
+        texts = [
+            data.tokenizer.decode(ids.tolist(), skip_special_tokens=True) if len(ids) == data.length else whole
+            for ids, whole in zip(joined, texts, strict=True)
+        ]
+    return Labelled(texts, joined, rows["label"][order_R][first_M])
 
 
 def text_of_id(data: TextData, split: str) -> dict[int, str]:

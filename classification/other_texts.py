@@ -25,7 +25,8 @@ _SETTING = "classify.other_texts"
 def with_other_texts(data: TextData, path: str, split: str) -> TextData:
     """Return `data` with an additional split: the texts of files, at most as many as `split` has.
 
-    Of more texts a fixed random choice is taken. They are packed like those of `split`; their class is unknown.
+    Of more texts a fixed random choice is taken. They are packed like those of `split`, but long ones are cut where
+    data.long_texts=error would refuse them. Their class is unknown.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -44,7 +45,7 @@ def with_other_texts(data: TextData, path: str, split: str) -> TextData:
         number = "one text" if texts else "no text"
         raise ValueError(f"{_SETTING}={path} holds {number}, and an area with its error needs two; name more texts")
     chosen = np.sort(np.random.default_rng(0).permutation(len(texts))[: len(data.texts(split))])
-    return with_texts(data, SPLIT, [texts[i] for i in chosen])
+    return with_texts(data, SPLIT, [texts[i] for i in chosen], cut_long=True)
 
 
 @dataclass(frozen=True)

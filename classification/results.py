@@ -12,14 +12,13 @@ import numpy as np
 
 from palimpsest.classification import typical
 from palimpsest.classification.measures import Measures, measure
-from palimpsest.classification.methods import ComparedMethods, Method, OtherRun, calibrated, compared, fit, text_of_id
+from palimpsest.classification.methods import ComparedMethods, Method, OtherRun, calibrated, compared, fit, identified
 from palimpsest.classification.models import ClassModel
 from palimpsest.classification.other_texts import SPLIT as OTHER
 from palimpsest.classification.other_texts import Detection, detect
 from palimpsest.classification.predictions import write_predictions
 from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
 from palimpsest.common.metrics import Estimate, ratios_by_rate
-from palimpsest.data.rows import text_hashes
 from palimpsest.dataloader import TextData
 from palimpsest.evaluation.experiment import Experiment
 from palimpsest.evaluation.likelihood import Likelihood, likelihood, score
@@ -119,7 +118,7 @@ def classify_split(
     test: SequentialTest,
     log_prior_C: np.ndarray,
     compared_with: ComparedMethods,
-    others: Mapping[str, Path],
+    others: Mapping[str, OtherRun],
     other_texts: TextData | None,
     folder: Path,
 ) -> ClassificationResult:
@@ -128,7 +127,7 @@ def classify_split(
     Writes predictions.parquet into `folder` as soon as there are predictions.
 
     Args:
-        others: files of other runs, by name.
+        others: predictions of other runs, by name.
         other_texts: `data` with texts from elsewhere, which p(text) is to recognise (classification/other_texts.py).
     """
 
@@ -137,18 +136,15 @@ def classify_split(
         return score_classes(experiment.trainer, models, texts, name, estimator, test, experiment.seed, log_prior_C)
 
     scores = scored(data, split)
-    text = text_of_id(data, split)
-    text_M = text_hashes(text[number] for number in scores.text_id_M.tolist())
-    runs = {path: OtherRun.read(file, scores, text_M, compared_with.calibrate) for path, file in others.items()}
     plain = Method.of_network("this model", scores.posterior(log_prior_C), scores)
     validation = scored(data, "validation") if compared_with.calibrate or other_texts else None
     fitted = fit(validation, log_prior_C) if compared_with.calibrate else {}
     posteriors = calibrated(fitted, scores, log_prior_C)
-    write_predictions(folder, scores, text_M, plain.posterior_MC, posteriors)
+    write_predictions(folder, scores, identified(data, split).hash_M, plain.posterior_MC, posteriors)
     detection = detect(scores, scored(other_texts, OTHER), validation, log_prior_C) if other_texts else None
     validation_MC = calibrated(fitted, validation, log_prior_C)["length"] if fitted else None
     methods = compared(
-        experiment, models, data, split, scores, plain, posteriors, validation_MC, runs, compared_with, log_prior_C
+        experiment, models, data, split, scores, plain, posteriors, validation_MC, others, compared_with, log_prior_C
     )
     per_class = [_class_likelihood(experiment, model, label) for label, model in enumerate(models)]
     learnt_without_class = models[0].class_id is not None and models[0].diffusion.label_dropout > 0

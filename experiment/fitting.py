@@ -52,7 +52,7 @@ def _fit(experiment: Experiment, label: int | None) -> PathOrUrl:
     share_C = _shares_of_classes(data) if experiment.build.cfg.classify.discriminative_weight else None
     if experiment.build.choices.bigrams and not resume:
         _pair_counts(data, causal=False).most_frequent(experiment.build.choices.bigrams)
-    shared = fit(experiment.pretraining) if experiment.pretraining and not resume else None
+    shared = _fit_shared_start(experiment.pretraining) if experiment.pretraining and not resume else None
     title = "train" if data.label is None else f"train label={data.label}"
     trainer = experiment.trainer(title if data.train_splits is None else "train the shared start", label)
     diffusion = experiment.build.diffusion(data)
@@ -75,6 +75,17 @@ def _fit(experiment: Experiment, label: int | None) -> PathOrUrl:
         cause = f"{patience} validations were not better" if waited else "trainer.max_time or a callback ended it"
         print(f"stopped at step {trainer.global_step}: {cause}")
     return experiment.runs.model_path(label)
+
+
+def _fit_shared_start(pretraining: Experiment) -> PathOrUrl:
+    """Train the shared start. Raises ValueError if it ends before its last step."""
+    path = fit(pretraining)
+    if not pretraining.runs.finished(pretraining.build.data()):
+        raise ValueError(
+            f"the shared start is unfinished: {path} has {read_progress(path).step} of "
+            f"classify.pretrain_steps={pretraining.runs.max_steps} steps; the same command goes on with it"
+        )
+    return path
 
 
 def _differences_from_training(experiment: Experiment, path: PathOrUrl, label: int | None) -> list[str]:

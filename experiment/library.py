@@ -266,8 +266,10 @@ def classify(
         prior: "uniform", or the share of each class.
 
     Raises:
-        ValueError: fewer than two models, or their tokenizers differ.
+        ValueError: fewer than two models, one of them knows all classes, or they do not read the same tokens.
     """
+    if prior == "empirical":
+        raise ValueError("prior=empirical: these models have no training texts in common; give the share of each class")
     if isinstance(models, str | Path | TrainedModel) or len(models) < 2:
         raise ValueError(
             "give a list of models, one per class; palimpsest.load_classifier reads a whole run of classify"
@@ -277,10 +279,22 @@ def classify(
         raise ValueError(
             "the models have different tokenizers, so they do not read the same texts; train them with one"
         )
+    if told := [one.path for one in loaded if one.diffusion.backbone.num_classes]:
+        raise ValueError(
+            f"{told[0]} is one network for all classes; palimpsest.load_classifier reads it with the folder of its run"
+        )
     estimator = loaded[0].experiment.build.estimator
     if isinstance(estimator, Nelbo):  # masks that all models see alike
         estimator = Nelbo(comparison_mask_sampler(estimator, loaded[0].diffusion.objective))
-    nats_MCK = np.stack([one._measured(texts, estimator, seed, draws)[0] for one in loaded], axis=1)
+    measured = [one._measured(texts, estimator, seed, draws) for one in loaded]
+    tokens_MC = np.stack([tokens_M for _, tokens_M, _ in measured], axis=1)
+    if (unlike := np.flatnonzero(np.ptp(tokens_MC, axis=1))).size:
+        numbers = ", ".join(map(str, tokens_MC[unlike[0]]))
+        raise ValueError(
+            f"the models read different parts of text {unlike[0]} ({numbers} tokens); "
+            "load them with the same data.long_texts, and train them with the same model.length"
+        )
+    nats_MCK = np.stack([nats_MK for nats_MK, _, _ in measured], axis=1)
     return averaged_posterior(nats_MCK, log_prior(prior, np.zeros(len(loaded))))
 
 

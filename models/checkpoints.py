@@ -65,7 +65,11 @@ class Checkpoint:
             of_classes = num_classes_of(self.state) != num_classes_of(backbone.state_dict())
             of_classes |= any(problem.startswith("bigrams.") for problem in problems)
             settings = "model=, model.* and backbone="
-            settings = f"classify.sharing= and classify.bigrams= (or else {settings})" if of_classes else settings
+            if of_classes:
+                known = self.identity.get("configuration", {})
+                sharing = known.get("classify.sharing", "per_class" if known else "")
+                pairs = known.get("classify.bigrams", 0 if known else "")
+                settings = f"classify.sharing={sharing} and classify.bigrams={pairs} (or else {settings})"
             raise ValueError(
                 f"{self.path} does not fit the model ({len(problems)} differences):\n  {shown}\n"
                 f"Set {settings} as they were in training"

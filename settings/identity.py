@@ -93,7 +93,8 @@ def _with_conditions(flat: dict[str, object], cfg: DictConfig, objective: str) -
 
 # Settings that describe how a model was trained, not what it is.
 _OF_TRAINING = ("optim.", "lr_scheduler.", "plateau.", "loader.", "trainer.", "streaming.", "seed", "classify.pretrain",
-                "classify.discriminative_weight", "training.from_pretrained", "training.start_from_counts")  # fmt: skip
+                "classify.discriminative_weight", "training.from_pretrained", "training.start_from_counts",
+                "data.train_splits")  # fmt: skip
 _GROUPS = ("data", "model", "backbone", "parameterization", "noise", "masking", "latents")
 _OF_CLASSES = ("classify.sharing", "classify.label_dropout", "classify.discriminative_weight", "classify.bigrams")
 _CARRIED = (*IDENTITY, *_OF_CLASSES, "block_size")

@@ -47,10 +47,10 @@ def classify(
     # Settings are checked before the training, which may take days.
     test.check(estimator)
     folder = experiment.runs.folder() / "classify" / split
-    others = compared_with.files(split, folder)
-    elsewhere = with_other_texts(data, other_texts, split) if other_texts else None
     counts_C = np.bincount(np.asarray(data.texts("train")["label"][:]), minlength=len(data.label_names))
     log_prior_C = log_prior(prior, counts_C)
+    others = compared_with.other_runs(data, split, folder, log_prior_C)
+    elsewhere = with_other_texts(data, other_texts, split) if other_texts else None
     models = class_models(experiment, data, checkpoint_path, disable_ema)
     result = classify_split(
         experiment, models, data, split, test, log_prior_C, compared_with, others, elsewhere, folder

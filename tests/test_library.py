@@ -132,6 +132,20 @@ def test_classes_by_bayes_rule(folder, monkeypatch):
     trained(*RUN, *words, "data.label=1", "checkpointing.save_dir=other")
     with pytest.raises(ValueError, match="different tokenizers"):
         palimpsest.classify(["run/label=0", "other/label=1"], TEXTS)
+    with pytest.raises(ValueError, match="prior=empirical: .*give the share of each class"):
+        palimpsest.classify(["run/label=0", "run/label=1"], TEXTS, prior="empirical")
+    trained(*RUN, "model.length=16", "data.long_texts=truncate", "data.label=1", "checkpointing.save_dir=short")
+    with pytest.raises(ValueError, match=r"different parts of text 1 \(\d+, 1\d tokens\); load them with the same"):
+        palimpsest.classify(["run/label=0", "short/label=1"], [TEXTS[0][:8], " ".join(TEXTS * 2)], draws=4)
+
+
+def test_a_network_of_all_classes_is_no_model_of_one(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    start = ["classify.pretrain=all", "classify.pretrain_steps=2"]
+    trained(*RUN, *start, "classify.sharing=conditional", "checkpointing.save_dir=both")
+    with pytest.raises(ValueError, match="is one network for all classes; palimpsest.load_classifier reads it"):
+        palimpsest.classify(["both", "both"], TEXTS)
+    assert palimpsest.load("both/pretrained").sample(1), "a shared start is a model like any other"
 
 
 def test_what_does_not_fit_is_refused(folder, model, monkeypatch):

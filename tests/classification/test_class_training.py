@@ -256,6 +256,16 @@ def test_both_classes_start_from_the_average_of_one_pretraining(monkeypatch, sha
     assert len(steps) == before, "what is complete is reused"
 
 
+def test_an_unfinished_shared_start_is_none(capsys):
+    """As trainer.max_time would end it."""
+    words = ["classify.pretrain=all", "classify.pretrain_steps=30", "classify.sharing=conditional"]
+    with pytest.raises(ValueError, match=r"the shared start is unfinished: .* has \d+ of classify.pretrain_steps=30"):
+        fit(experiment(*words, "++trainer.max_time=00:00:00:00"))
+    assert "trainer.max_time or a callback ended it" in capsys.readouterr().out
+    fit(experiment(*words))
+    assert load_inert("run/pretrained/checkpoints/last.ckpt")["global_step"] == 30
+
+
 def test_training_one_class_does_what_classification_does_for_it():
     one = ["classify.pretrain=all", "data.label=0", "mode=train"]
     run(*RUN, *one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 from hydra.errors import InstantiationException
 
 from palimpsest.classification.attributions import explain, token_attributions
-from palimpsest.classification.methods import ComparedMethods, fit
+from palimpsest.classification.methods import ComparedMethods, _texts, fit, identified
 from palimpsest.classification.models import ClassModel
 from palimpsest.classification.predictions import predictions_file, read_posterior, write_predictions
 from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
@@ -214,10 +215,41 @@ def test_predictions_come_back_for_the_same_texts_only(tmp_path):
             read_posterior(path, np.array(ids), np.array(labels), text_hashes(text))
     with pytest.raises(FileNotFoundError, match="classify.compare"):
         predictions_file(tmp_path / "nowhere")
-    compared = ComparedMethods(compare=[str(tmp_path)])
-    assert compared.files("test", tmp_path / "other") == {str(tmp_path): path}
-    with pytest.raises(ValueError, match="is the folder of this run itself"):
-        compared.files("test", tmp_path / "other" / "..")
+
+
+def test_other_runs_are_read_before_the_training(tmp_path, caplog):
+    data = experiment().build.data()
+    texts = identified(data, "test")
+    number, half = len(texts.number_M), np.full((len(texts.number_M), 2), 0.5)
+    assert texts.number_M.tolist() == data.texts("test")["text_id"][:]
+    nats_MCK = np.ones((number, 2, 1))
+    zero_M = np.zeros(number, dtype=int)
+    rate_MK = np.full((number, 1), 0.5)
+    known = ClassScores(texts.number_M, texts.label_M, nats_MCK, rate_MK, 1, zero_M + 9, zero_M + 1, 0.0, "", "", False)
+    read = lambda *paths, prior=EVEN: ComparedMethods(compare=paths).other_runs(data, "test", tmp_path / "b", prior)
+    for name in "ab":
+        write_predictions(tmp_path / name, known, texts.hash_M, half, {})
+    assert np.array_equal(read("a")["a"].posterior_MC, half)
+    with pytest.raises(ValueError, match="b/../a/ is the folder of a; name each other run once"):
+        read("a", "b/../a/")
+    with pytest.raises(ValueError, match="b is the folder of this run itself"):
+        read("b")
+    (tmp_path / "a" / "results.json").write_text('{"prior": {"negative": 0.5, "positive": 0.5}}')
+    read("a")
+    assert not caplog.text
+    read("a", prior=np.log([0.3, 0.7]))
+    assert "has the prior {'negative': 0.5, 'positive': 0.5} and this run {'negative': 0.3" in caplog.text
+    write_predictions(tmp_path / "a", known, texts.hash_M[::-1], half, {})
+    with pytest.raises(ValueError, match="is about other texts"):
+        read("a")
+
+
+def test_no_method_sees_what_is_cut_off_a_text():
+    data = experiment("model.length=16", "data.long_texts=truncate").build.data()
+    cut = _texts(data, "test")
+    for text, ids, whole in zip(cut.texts, cut.ids, data.texts("test")["text"][:], strict=True):
+        words, before = (re.findall(r"\w+|[^\w\s]", one.lower()) for one in (text, whole))
+        assert len(words) <= len(ids) <= 16 and words == before[: len(words)]
 
 
 def test_a_temperature_at_its_limit_is_said(caplog):

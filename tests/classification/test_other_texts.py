@@ -58,6 +58,9 @@ def test_files_of_other_texts_become_a_split():
     rows = zip(many.split(SPLIT)["input_ids"][:], again.split(SPLIT)["input_ids"][:], strict=True)
     assert all(np.array_equal(a, b) for a, b in rows), "always the same choice"
     assert len(with_other_texts(data, "few.txt", "test").split(SPLIT)) == 2
+    Path("long.txt").write_text("One text.\n" + "Another text. " * 200 + "\n")
+    long = with_other_texts(data, "long.txt", "test").split(SPLIT)["length"][:]
+    assert data.packing("test").long_texts == "error" and max(long) == data.length, "cut, as nobody could lengthen it"
 
 
 @pytest.mark.parametrize(
