@@ -1,9 +1,10 @@
 """predictions.parquet: the predictions for every text, for other programs and for later comparisons.
 
-Columns: text_id, text (a hash, by which other runs recognise it), label, prediction, draws (masks per class), margin (log p of the winner over the runner-up, nats) and
-margin_se (its Monte Carlo error), and for every class k: posterior_k, log_p_k (nats), se_k (its Monte Carlo error, most
-of which is common to the classes). posterior_k is averaged over the Monte Carlo error (classification/bayes.py,
-`averaged_posterior`), so it is less extreme than softmax of log_p_k. Calibrated predictions have calibrated_<method>_k.
+Columns: text_id, text (a hash, by which other runs recognise it), label, prediction, draws (masks per class), margin
+(log p of the winner over the runner-up, nats) and margin_se (its Monte Carlo error), and for every class k:
+posterior_k, log_p_k (nats), se_k (its Monte Carlo error, most of which is common to the classes). posterior_k is
+averaged over the Monte Carlo error (classification/bayes.py, `averaged_posterior`), so it is less extreme than softmax
+of log_p_k. Calibrated predictions have calibrated_<method>_k.
 Shape suffixes: M texts, C classes.
 """
 

@@ -99,8 +99,8 @@ class TrainedClassifier:
         Raises:
             ValueError: there are no texts, or a setting does not fit.
         """
-        if draws < 1 or not 0.5 < confidence <= 1:
-            raise ValueError(f"draws={draws} must be at least 1, and confidence={confidence} in (0.5, 1]")
+        if type(draws) is not int or draws < 1 or not 0.5 < confidence <= 1:
+            raise ValueError(f"draws={draws} must be a whole number from 1, and confidence={confidence} in (0.5, 1]")
         test = SequentialTest(draws, confidence)
         estimator = self.experiment.build.estimator
         test.check(estimator)
@@ -179,6 +179,8 @@ def load_classifier(folder: str | Path, *typed: str) -> TrainedClassifier:
         )
     known = training_identity(file)["configuration"]
     conditional = known.get("classify.sharing") == "conditional"
+    if known.get("data.train_splits"):
+        raise ValueError(f"{folder} holds a shared start, which knows no class yet; name the folder of its run")
     if file == files[1] and not conditional:
         raise ValueError(f"{folder} holds one model, which is not conditioned on a class; use palimpsest.load")
     keys = ("classify.discriminative_weight", "training.start_from_counts")

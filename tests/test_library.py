@@ -107,7 +107,7 @@ def test_a_classifier_says_what_it_knows(folder, monkeypatch):
     later = palimpsest.load_classifier("run").predict([*TEXTS, strange], draws=4)
     assert later.unlike is not None and later.unlike.shape == (3,)
     for wrong in ({"draws": 0}, {"confidence": 0}, {"confidence": 2}):
-        with pytest.raises(ValueError, match=r"must be at least 1, and confidence=.* in \(0.5, 1\]"):
+        with pytest.raises(ValueError, match=r"must be a whole number from 1, and confidence=.* in \(0.5, 1\]"):
             classifier.predict(TEXTS, **wrong)
     with pytest.raises(ValueError, match="run holds one model per class; .*label=0, or use palimpsest.load_classifier"):
         palimpsest.load("run")
@@ -146,6 +146,8 @@ def test_a_network_of_all_classes_is_no_model_of_one(folder, monkeypatch):
     with pytest.raises(ValueError, match="is one network for all classes; palimpsest.load_classifier reads it"):
         palimpsest.classify(["both", "both"], TEXTS)
     assert palimpsest.load("both/pretrained").sample(1), "a shared start is a model like any other"
+    with pytest.raises(ValueError, match="both/pretrained holds a shared start, which knows no class yet"):
+        palimpsest.load_classifier("both/pretrained")
 
 
 def test_what_does_not_fit_is_refused(folder, model, monkeypatch):
