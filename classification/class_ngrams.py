@@ -72,7 +72,7 @@ def class_biases(
 
     The ridge is on the biases in units of those of naive Bayes, so that a token that all classes share keeps none (Wang
     and Manning, ACL 2012, eq. 2, do so for linear classifiers). Its strength is chosen by the log loss on every tenth
-    text, class after class.
+    text, sorted by class.
     """
     biased_F = np.asarray(biased_F, dtype=np.int64)
     held_M = np.zeros(len(pairs.label_M), dtype=bool)

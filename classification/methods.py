@@ -74,9 +74,12 @@ class ComparedMethods:
 
 
 def _warn_of_another_prior(path: str, file: Path, ours: Mapping[str, float]) -> None:
+    """Warn if the results beside `file` are of another prior."""
     results = file.parent / "results.json"
     theirs = json.loads(results.read_text()).get("prior") if results.exists() else None
-    if theirs and not all(math.isclose(ours[name], share, rel_tol=1e-6) for name, share in theirs.items()):
+    if theirs and not all(
+        math.isclose(ours.get(name, math.nan), share, rel_tol=1e-6) for name, share in theirs.items()
+    ):
         log.warning(
             "classify.compare: %s has the prior %s and this run %s, so their ensemble has neither; classify both with "
             "the same classify.prior",

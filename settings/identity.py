@@ -71,7 +71,7 @@ def _with_conditions(flat: dict[str, object], cfg: DictConfig, objective: str) -
         names = [f"data.source.{kind}.{split}" for kind in ("files", "hub_splits") for split in apart]
         flat = {key: value for key, value in flat.items() if key not in (*names, "data.source.unlabelled")}
     if flat.get("data.source.validation", "") is None:  # a mixture is then measured on the first of its data sets
-        first = next(iter(cfg.data.source.paths or ()), None)
+        first = next(iter(cfg.data.source.get("paths") or ()), None)
         flat |= dict.fromkeys(("data.valid", "data.source.validation"), first)
     if not cfg.data.get("segments"):
         flat.pop("data.segment_room", None)
