@@ -31,6 +31,9 @@ def test_a_network_that_was_told_classes_names_their_settings(tmp_path):
     told = DiT(5, 8, cond_dim=4, n_blocks=1, n_heads=2, num_classes=2)
     with pytest.raises(ValueError, match="Set classify.sharing= and classify.bigrams= .*as they were in training"):
         read_checkpoint(saved(tmp_path / "told.ckpt", told)).load_into(small())
+    known = {"configuration": {"classify.sharing": "conditional", "classify.bigrams": 100}}
+    with pytest.raises(ValueError, match="Set classify.sharing=conditional and classify.bigrams=100 "):
+        read_checkpoint(saved(tmp_path / "ours.ckpt", told, identity=known)).load_into(small())
     with pytest.raises(ValueError, match="Set model=, model.* and backbone= as they were in training"):
         read_checkpoint(saved(tmp_path / "wide.ckpt", small(hidden_size=16))).load_into(small())
 
