@@ -69,7 +69,7 @@ class ComparedMethods:
                 raise ValueError(f"classify.compare: {path} is the folder of {seen[place]}; name each other run once")
             seen[place] = path
             _warn_of_another_prior(path, file, dict(zip(data.label_names, np.exp(log_prior_C), strict=True)))
-        texts = identified(data, split) if files else None
+        texts = text_keys(data, split) if files else None
         return {path: OtherRun.read(file, texts, self.calibrate) for path, file in files.items()}
 
 
@@ -132,21 +132,21 @@ def _lengths(scores: ClassScores) -> np.ndarray:
     return np.maximum(scores.tokens_M, 1)
 
 
-class Identified(NamedTuple):
-    """What the texts of a split are known by in predictions.parquet, in the order of their numbers."""
+class TextKeys(NamedTuple):
+    """Number, class and hash of each text of a split, by which predictions of several runs are matched."""
 
     number_M: np.ndarray
     label_M: np.ndarray
     hash_M: np.ndarray
 
 
-def identified(data: TextData, split: str) -> Identified:
-    """Return the numbers, classes and hashes of the texts of a split that have tokens."""
+def text_keys(data: TextData, split: str) -> TextKeys:
+    """Return the keys of the texts of a split that have tokens, in the order of their numbers."""
     rows = data.split(split)
     number_M, first_M = np.unique(rows["text_id"][:], return_index=True)
     text = text_of_id(data, split)
     hash_M = text_hashes(text[number] for number in number_M.tolist())
-    return Identified(number_M, np.asarray(rows["label"][:])[first_M], hash_M)
+    return TextKeys(number_M, np.asarray(rows["label"][:])[first_M], hash_M)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class OtherRun:
     in_ensemble_MC: np.ndarray  # calibrated, if this run is and that one was
 
     @classmethod
-    def read(cls, file: Path, texts: Identified, calibrated: bool) -> OtherRun:
+    def read(cls, file: Path, texts: TextKeys, calibrated: bool) -> OtherRun:
         """Read the predictions for these texts. Raises ValueError if the file is about others."""
         columns = _CALIBRATED_COLUMNS if calibrated else ("posterior",)
         return cls(read_posterior(file, *texts), read_posterior(file, *texts, columns))

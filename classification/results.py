@@ -12,7 +12,7 @@ import numpy as np
 
 from palimpsest.classification import typical
 from palimpsest.classification.measures import Measures, measure
-from palimpsest.classification.methods import ComparedMethods, Method, OtherRun, calibrated, compared, fit, identified
+from palimpsest.classification.methods import ComparedMethods, Method, OtherRun, calibrated, compared, fit, text_keys
 from palimpsest.classification.models import ClassModel
 from palimpsest.classification.other_texts import SPLIT as OTHER
 from palimpsest.classification.other_texts import Detection, detect
@@ -140,7 +140,7 @@ def classify_split(
     validation = scored(data, "validation") if compared_with.calibrate or other_texts else None
     fitted = fit(validation, log_prior_C) if compared_with.calibrate else {}
     posteriors = calibrated(fitted, scores, log_prior_C)
-    write_predictions(folder, scores, identified(data, split).hash_M, plain.posterior_MC, posteriors)
+    write_predictions(folder, scores, text_keys(data, split).hash_M, plain.posterior_MC, posteriors)
     detection = detect(scores, scored(other_texts, OTHER), validation, log_prior_C) if other_texts else None
     validation_MC = calibrated(fitted, validation, log_prior_C)["length"] if fitted else None
     methods = compared(

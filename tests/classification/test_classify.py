@@ -15,7 +15,7 @@ import torch
 from hydra.errors import InstantiationException
 
 from palimpsest.classification.attributions import explain, token_attributions
-from palimpsest.classification.methods import ComparedMethods, _texts, fit, identified
+from palimpsest.classification.methods import ComparedMethods, _texts, fit, text_keys
 from palimpsest.classification.models import ClassModel
 from palimpsest.classification.predictions import predictions_file, read_posterior, write_predictions
 from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
@@ -219,7 +219,7 @@ def test_predictions_come_back_for_the_same_texts_only(tmp_path):
 
 def test_other_runs_are_read_before_the_training(tmp_path, caplog):
     data = experiment().build.data()
-    texts = identified(data, "test")
+    texts = text_keys(data, "test")
     number, half = len(texts.number_M), np.full((len(texts.number_M), 2), 0.5)
     assert texts.number_M.tolist() == data.texts("test")["text_id"][:]
     nats_MCK = np.ones((number, 2, 1))
